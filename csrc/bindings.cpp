@@ -1,0 +1,73 @@
+// The native module `qlae_kernels._native`: kernels over addresses and sizes. Python checks shapes and dtypes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "latent_quantize_cpu.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Calls shorter than handing the interpreter lock over keep it.
+constexpr int64_t kReleaseLockElements = 32768;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Call>
+void without_lock(int64_t size, Call call) {
+  if (size < kReleaseLockElements) return call();
+  py::gil_scoped_release release;
+  call();
+}
+
+void forward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, uintptr_t codebook, int64_t rows,
+             int64_t stride, uintptr_t levels, uintptr_t z, uintptr_t quantized, uintptr_t indices, int index_type,
+             uintptr_t loss, double loss_weight, int threads) {
+  const qlae::ForwardArguments arguments{
+      .value_type = static_cast<qlae::ValueType>(value_type),
+      .layout = {outer, num_latents, inner},
+      .codebook = {pointer<const void>(codebook), rows, stride, pointer<const int64_t>(levels)},
+      .z = pointer<const void>(z),
+      .quantized = pointer<void>(quantized),
+      .indices = pointer<void>(indices),
+      .index_type = static_cast<qlae::IndexType>(index_type),
+      .loss = pointer<void>(loss),
+      .loss_weight = loss_weight,
+      .threads = threads,
+  };
+  without_lock(arguments.layout.size(), [&] { qlae::latent_quantize_forward(arguments); });
+}
+
+void backward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, uintptr_t codebook, int64_t rows,
+              int64_t stride, uintptr_t levels, uintptr_t z, uintptr_t grad_quantized, uintptr_t grad_loss,
+              uintptr_t grad_z, uintptr_t grad_codebook, double quantization_weight, double commitment_weight,
+              int threads) {
+  const qlae::BackwardArguments arguments{
+      .value_type = static_cast<qlae::ValueType>(value_type),
+      .layout = {outer, num_latents, inner},
+      .codebook = {pointer<const void>(codebook), rows, stride, pointer<const int64_t>(levels)},
+      .z = pointer<const void>(z),
+      .grad_quantized = pointer<const void>(grad_quantized),
+      .grad_loss = pointer<const void>(grad_loss),
+      .grad_z = pointer<void>(grad_z),
+      .grad_codebook = pointer<void>(grad_codebook),
+      .quantization_weight = quantization_weight,
+      .commitment_weight = commitment_weight,
+      .threads = threads,
+  };
+  without_lock(arguments.layout.size(), [&] { qlae::latent_quantize_backward(arguments); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Kernels of qlae_kernels over raw addresses; use qlae_kernels.latent_quantize instead.";
+  module.def("latent_quantize_forward_cpu", &forward);
+  module.def("latent_quantize_backward_cpu", &backward);
+  module.def("instruction_sets", &qlae::instruction_sets);
+  module.def("active_instruction_set", &qlae::active_instruction_set);
+  module.def("use_instruction_set", &qlae::use_instruction_set, py::arg("name"));
+}

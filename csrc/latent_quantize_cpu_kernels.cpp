@@ -1,0 +1,564 @@
+// The CPU kernels, compiled once per instruction set (see CMakeLists.txt): QLAE_KERNELS names the exported table and
+// QLAE_VECTOR_BYTES is the register width. All else has internal linkage, so that no function of one instruction set
+// can be linked into another.
+#include "latent_quantize_cpu_kernels.h"
+
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace qlae::cpu {
+namespace {
+
+constexpr int kVectorBytes = QLAE_VECTOR_BYTES;
+// Vectors searched together: each table row is loaded once for all of them.
+constexpr int kUnroll = 4;
+// Values added in one float lane before the sum moves on to double.
+constexpr int64_t kMaxAccumulations = 512;
+
+template <class E, int kBytes>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(kBytes)));
+};
+
+template <class T>
+struct Simd {
+  using Index = typename VectorIndex<T>::type;
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  using V = typename VectorOf<T, kVectorBytes>::type;
+  using I = typename VectorOf<Index, kVectorBytes>::type;
+
+  static V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static I load(const Index* from) {
+    I i;
+    std::memcpy(&i, from, sizeof i);
+    return i;
+  }
+  static void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
+  static V splat(T value) { return value - V{}; }
+  static V absolute(V v) {
+    constexpr Index kSign = std::numeric_limits<Index>::max();
+    return (V)((I)v & kSign);
+  }
+  static I lane_numbers() {
+    I lanes;
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    return lanes;
+  }
+};
+
+// Element types of z and what is computed with. Half types are widened on load and rounded to nearest even on store.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+using F = Simd<float>;
+using UI32 = VectorOf<uint32_t, kVectorBytes>::type;
+using UI16 = VectorOf<uint16_t, kVectorBytes / 2>::type;
+
+inline UI16 load_bits(const void* from) {
+  UI16 bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+template <class V>
+inline void stream_or_store(void* to, V v, [[maybe_unused]] bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) {
+    if (stream) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) {
+    if (stream) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof v == 16) {
+    if (stream) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+  }
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline F::V widen(UI16 half, Float16) {
+  const UI32 bits = __builtin_convertvector(half, UI32);
+  const UI32 magnitude = (bits & 0x7fffu) << 13;
+  const UI32 exponent = magnitude & (0x7c00u << 13);
+  const UI32 normal = magnitude + ((127u - 15u) << 23);
+  const UI32 infinite = magnitude + ((255u - 31u) << 23);
+  // A subnormal half is its mantissa times 2^-24: add the mantissa to 2^-14 as bits, then subtract 2^-14.
+  const F::V subnormal = (F::V)(magnitude + (113u << 23)) - F::splat(0x1p-14f);
+  UI32 result = (UI32)(exponent == (0x7c00u << 13)) & infinite;
+  result |= (UI32)(exponent == 0u) & (UI32)subnormal;
+  result |= (UI32)((exponent != (0x7c00u << 13)) & (exponent != 0u)) & normal;
+  return (F::V)(result | ((bits & 0x8000u) << 16));
+}
+
+inline UI16 narrow(F::V value, Float16) {
+  const UI32 bits = (UI32)value;
+  const UI32 sign = bits & 0x80000000u;
+  const UI32 magnitude = bits ^ sign;
+  const UI32 odd = (magnitude >> 13) & 1u;
+  const UI32 normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + odd) >> 13;
+  // Adding 0.5 makes the hardware round to a multiple of 2^-24, the subnormal step.
+  const UI32 subnormal = (UI32)((F::V)magnitude + F::splat(0.5f)) - (126u << 23);
+  const UI32 special = 0x7c00u | ((UI32)(magnitude > 0x7f800000u) & 0x200u);
+  const UI32 is_special = (UI32)(magnitude >= (143u << 23));
+  const UI32 is_subnormal = (UI32)(magnitude < (113u << 23));
+  const UI32 result = (is_special & special) | (is_subnormal & subnormal) | (~(is_special | is_subnormal) & normal);
+  return __builtin_convertvector(result | (sign >> 16), UI16);
+}
+
+inline F::V widen(UI16 half, BFloat16) { return (F::V)(__builtin_convertvector(half, UI32) << 16); }
+
+inline UI16 narrow(F::V value, BFloat16) {
+  const UI32 bits = (UI32)value;
+  const UI32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UI32 is_nan = (UI32)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), UI16);
+}
+
+template <class E>
+struct Element {
+  using Compute = float;
+  static F::V load(const E* from) { return widen(load_bits(from), E{}); }
+  static void store(E* to, F::V value, bool stream) { stream_or_store(to, narrow(value, E{}), stream); }
+};
+template <class T>
+  requires std::is_floating_point_v<T>
+struct Element<T> {
+  using Compute = T;
+  static typename Simd<T>::V load(const T* from) { return Simd<T>::load(from); }
+  static void store(T* to, typename Simd<T>::V value, bool stream) { stream_or_store(to, value, stream); }
+};
+
+// The first `lanes` elements; the rest reads as zero and is not written.
+template <class E>
+inline auto load_part(const E* from, int64_t lanes) {
+  constexpr int kLanes = Simd<typename Element<E>::Compute>::kLanes;
+  if (lanes == kLanes) return Element<E>::load(from);
+  E part[kLanes] = {};
+  std::memcpy(part, from, lanes * sizeof(E));
+  return Element<E>::load(part);
+}
+
+template <class E, class V>
+inline void store_part(E* to, V value, int64_t lanes, bool stream) {
+  constexpr int kLanes = Simd<typename Element<E>::Compute>::kLanes;
+  if (lanes == kLanes) return Element<E>::store(to, value, stream);
+  E part[kLanes];
+  Element<E>::store(part, value, false);
+  std::memcpy(to, part, lanes * sizeof(E));
+}
+
+template <class T, class Out>
+inline void store_indices_as(void* indices, int64_t offset, typename Simd<T>::I index, int64_t lanes, bool stream) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  typedef typename VectorOf<Out, kLanes * sizeof(Out)>::type OutVector;
+  const OutVector narrowed = __builtin_convertvector(index, OutVector);
+  Out* to = static_cast<Out*>(indices) + offset;
+  if (lanes == kLanes) return stream_or_store(to, narrowed, stream);
+  std::memcpy(to, &narrowed, lanes * sizeof(Out));
+}
+
+template <class T>
+inline void store_indices(void* indices, IndexType type, int64_t offset, typename Simd<T>::I index, int64_t lanes,
+                          bool stream) {
+  switch (type) {
+    case IndexType::kUInt8: return store_indices_as<T, uint8_t>(indices, offset, index, lanes, stream);
+    case IndexType::kInt16: return store_indices_as<T, int16_t>(indices, offset, index, lanes, stream);
+    case IndexType::kInt32: return store_indices_as<T, int32_t>(indices, offset, index, lanes, stream);
+    case IndexType::kInt64: return store_indices_as<T, int64_t>(indices, offset, index, lanes, stream);
+  }
+}
+
+template <class M>
+inline bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  uint64_t words[sizeof(M) / 8];
+  std::memcpy(words, &mask, sizeof mask);
+  uint64_t all = 0;
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+#endif
+}
+
+// Vectors of one column at `offset`, `offset + stride`, ..., each with the same number of valid lanes.
+struct Span {
+  int64_t column;
+  int64_t offset;
+  int64_t stride;
+  int64_t count;
+  int64_t lanes;
+};
+
+// Calls visit(span) over the units of `work`, and after each unit finish(columns_begin, columns_end, vectors), where
+// no column has received more than `vectors` vectors in this unit.
+template <class T, class Visit, class Finish>
+inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  const Traversal& t = work.traversal;
+  if (!t.periodic) {
+    const int64_t units_per_run = (t.segment + t.unit_length - 1) / t.unit_length;
+    for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
+      const int64_t run = unit / units_per_run;
+      const int64_t begin = (unit % units_per_run) * t.unit_length;
+      const int64_t length = t.segment - begin < t.unit_length ? t.segment - begin : t.unit_length;
+      const int64_t column = run % t.columns, offset = run * t.segment + begin;
+      const int64_t full = length / kLanes, rest = length % kLanes;
+      if (full) visit(Span{column, offset, kLanes, full, kLanes});
+      if (rest) visit(Span{column, offset + full * kLanes, kLanes, 1, rest});
+      finish(column, column + 1, full + 1);
+    }
+    return;
+  }
+  const int64_t segments = t.size / t.segment;
+  for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
+    const int64_t first = unit * t.unit_length;
+    const int64_t count = segments - first < t.unit_length ? segments - first : t.unit_length;
+    for (int64_t column = 0; count && column < t.columns; ++column) {
+      const int64_t begin = column * kLanes;
+      const int64_t lanes = t.segment - begin < kLanes ? t.segment - begin : kLanes;
+      visit(Span{column, first * t.segment + begin, t.segment, count, lanes});
+    }
+    if (unit == t.units - 1) {
+      const int64_t rest = t.size - segments * t.segment;
+      for (int64_t begin = 0; begin < rest; begin += kLanes) {
+        const int64_t lanes = rest - begin < kLanes ? rest - begin : kLanes;
+        visit(Span{begin / kLanes, segments * t.segment + begin, t.segment, 1, lanes});
+      }
+    }
+    finish(0, t.columns, count + 1);
+  }
+}
+
+// z, its code and the code's index for kCount vectors of one column.
+template <class T, int kCount>
+struct Group {
+  typename Simd<T>::V z[kCount];
+  typename Simd<T>::V quantized[kCount];
+  typename Simd<T>::I index[kCount];
+};
+
+template <class T, int kCount>
+inline void search_direct(const ColumnTables<T>& tables, int64_t column, Group<T, kCount>& group) {
+  using S = Simd<T>;
+  const T* values = tables.values + column * tables.rows * S::kLanes;
+  const auto* indices = tables.indices + column * tables.rows * S::kLanes;
+  typename S::V smallest[kCount];
+  for (int n = 0; n < kCount; ++n) {
+    group.quantized[n] = S::load(values);
+    group.index[n] = S::load(indices);
+    smallest[n] = S::absolute(group.z[n] - group.quantized[n]);
+  }
+  for (int64_t row = 1; row < tables.rows; ++row) {
+    const auto value = S::load(values + row * S::kLanes);
+    const auto index = S::load(indices + row * S::kLanes);
+    for (int n = 0; n < kCount; ++n) {
+      const auto distance = S::absolute(group.z[n] - value);
+      const auto closer = distance < smallest[n];
+      smallest[n] = closer ? distance : smallest[n];
+      group.quantized[n] = closer ? value : group.quantized[n];
+      group.index[n] = closer ? index : group.index[n];
+    }
+  }
+  for (int n = 0; n < kCount; ++n) {
+    const auto finite = S::absolute(group.z[n]) <= S::splat(std::numeric_limits<T>::max());
+    group.quantized[n] = finite ? group.quantized[n] : S::splat(std::numeric_limits<T>::quiet_NaN());
+    group.index[n] = group.index[n] & finite;
+  }
+}
+
+template <class T, int kCount>
+inline void search_thresholds(const ColumnTables<T>& tables, int64_t column, Group<T, kCount>& group) {
+  using S = Simd<T>;
+  const int64_t begin = column * tables.rows * S::kLanes;
+  for (int n = 0; n < kCount; ++n) {
+    group.quantized[n] = S::load(tables.values + begin);
+    group.index[n] = S::load(tables.indices + begin);
+  }
+  for (int64_t row = 1; row < tables.rows; ++row) {
+    const auto threshold = S::load(tables.thresholds + begin + row * S::kLanes);
+    const auto value = S::load(tables.values + begin + row * S::kLanes);
+    const auto index = S::load(tables.indices + begin + row * S::kLanes);
+    for (int n = 0; n < kCount; ++n) {
+      const auto reached = group.z[n] >= threshold;
+      group.quantized[n] = reached ? value : group.quantized[n];
+      group.index[n] = reached ? index : group.index[n];
+    }
+  }
+}
+
+template <class T, int kCount>
+inline void search_cells(const Work<T>& work, int64_t column, Group<T, kCount>& group) {
+  using S = Simd<T>;
+  const CellTables<T>& cells = work.cells;
+  const auto* codebook_rows = work.columns.codebook_rows + column * S::kLanes;
+  const T last = static_cast<T>(cells.cells - 1);
+  for (int n = 0; n < kCount; ++n) {
+    typename S::Index rank[S::kLanes], base[S::kLanes];
+    T z[S::kLanes], value[S::kLanes];
+    S::store(z, group.z[n]);
+    for (int lane = 0; lane < S::kLanes; ++lane) {
+      const auto codes = codebook_rows[lane];
+      T cell = (z[lane] - cells.origins[codes]) * cells.scales[codes];
+      cell = cell > T(0) ? cell : T(0);
+      cell = cell < last ? cell : last;
+      rank[lane] = cells.starts[codes * cells.cells + static_cast<typename S::Index>(cell)];
+      base[lane] = codes * static_cast<typename S::Index>(cells.stride);
+    }
+    for (int64_t step = cells.first_step; step > 0; step >>= 1) {
+      for (int lane = 0; lane < S::kLanes; ++lane) {
+        const auto candidate = rank[lane] + static_cast<typename S::Index>(step);
+        rank[lane] = z[lane] >= cells.thresholds[base[lane] + candidate] ? candidate : rank[lane];
+      }
+    }
+    for (int lane = 0; lane < S::kLanes; ++lane) {
+      value[lane] = cells.values[base[lane] + rank[lane]];
+      rank[lane] = cells.indices[base[lane] + rank[lane]];
+    }
+    group.quantized[n] = S::load(value);
+    group.index[n] = S::load(rank);
+  }
+}
+
+// Lanes beyond the bound, where rounding may tie distant codes, and z that is not finite: the definition itself.
+template <class T>
+inline void search_exactly(const Work<T>& work, int64_t column, int64_t lanes, const typename Simd<T>::I& outside,
+                           const typename Simd<T>::V& z, typename Simd<T>::V& quantized, typename Simd<T>::I& index) {
+  using S = Simd<T>;
+  const T* codes = static_cast<const T*>(work.codebook.values);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    if (!outside[lane]) continue;
+    const int64_t codebook_row = work.columns.codebook_rows[column * S::kLanes + lane];
+    const T* row = codes + codebook_row * work.codebook.stride;
+    const int64_t nearest = nearest_code(T(z[lane]), row, work.codebook.num_codes(codebook_row));
+    const bool finite = z[lane] - z[lane] == T(0);
+    index[lane] = static_cast<typename S::Index>(nearest);
+    quantized[lane] = finite ? row[nearest] : std::numeric_limits<T>::quiet_NaN();
+  }
+}
+
+// Returns true when some lane lay outside the exact range, so that its index may stand in no table row.
+template <class T, Search kSearch, int kCount>
+inline bool search(const Work<T>& work, int64_t column, int64_t lanes, Group<T, kCount>& group) {
+  using S = Simd<T>;
+  if constexpr (kSearch == Search::kDirect) {
+    search_direct<T, kCount>(work.columns, column, group);
+    return false;
+  } else {
+    const auto bound = S::load(work.columns.bounds + column * S::kLanes);
+    typename S::I outside[kCount], any_outside = {};
+    for (int n = 0; n < kCount; ++n) {
+      outside[n] = ~(S::absolute(group.z[n]) <= bound);
+      any_outside |= outside[n];
+    }
+    if constexpr (kSearch == Search::kThresholds) search_thresholds<T, kCount>(work.columns, column, group);
+    if constexpr (kSearch == Search::kCells) search_cells<T, kCount>(work, column, group);
+    if (!any(any_outside)) [[likely]]
+      return false;
+    for (int n = 0; n < kCount; ++n)
+      search_exactly(work, column, lanes, outside[n], group.z[n], group.quantized[n], group.index[n]);
+    return true;
+  }
+}
+
+template <class T>
+inline typename Simd<T>::V only_valid(typename Simd<T>::V value, int64_t lanes) {
+  using S = Simd<T>;
+  if (lanes == S::kLanes) return value;
+  return S::lane_numbers() < static_cast<typename S::Index>(lanes) ? value : typename S::V{};
+}
+
+template <class E, Search kSearch>
+struct Forward {
+  using T = typename Element<E>::Compute;
+  using S = Simd<T>;
+
+  const ForwardWork<T>& work;
+  typename S::V squares = {};
+
+  template <int kCount>
+  void group(const Span& span, int64_t position) {
+    const ForwardArguments& a = *work.arguments;
+    Group<T, kCount> group;
+    int64_t offsets[kCount];
+    for (int n = 0; n < kCount; ++n) {
+      offsets[n] = span.offset + (position + n) * span.stride;
+      group.z[n] = load_part(static_cast<const E*>(a.z) + offsets[n], span.lanes);
+    }
+    search<T, kSearch, kCount>(work, span.column, span.lanes, group);
+    for (int n = 0; n < kCount; ++n) {
+      if (a.quantized)
+        store_part(static_cast<E*>(a.quantized) + offsets[n], group.quantized[n], span.lanes, work.stream);
+      if (a.indices) store_indices<T>(a.indices, a.index_type, offsets[n], group.index[n], span.lanes, work.stream);
+      const auto residual = only_valid<T>(group.z[n] - group.quantized[n], span.lanes);
+      squares += residual * residual;
+    }
+  }
+
+  void run() {
+    double total = 0;
+    int64_t accumulated = 0;
+    auto flush = [&] {
+      for (int lane = 0; lane < S::kLanes; ++lane) total += squares[lane];
+      squares = typename S::V{};
+      accumulated = 0;
+    };
+    for_each_span<T>(
+        work,
+        [&](const Span& span) {
+          int64_t position = 0;
+          for (; position + kUnroll <= span.count; position += kUnroll) group<kUnroll>(span, position);
+          for (; position < span.count; ++position) group<1>(span, position);
+          accumulated += span.count;
+          if (accumulated >= kMaxAccumulations) flush();
+        },
+        [](int64_t, int64_t, int64_t) {});
+    flush();
+    *work.squared_error = total;
+  }
+};
+
+template <class E, Search kSearch>
+struct Backward {
+  using T = typename Element<E>::Compute;
+  using S = Simd<T>;
+
+  const BackwardWork<T>& work;
+
+  void add_by_index(int64_t column, int64_t lanes, typename S::V residual, typename S::I index) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t codebook_row = work.columns.codebook_rows[column * S::kLanes + lane];
+      work.residual_sums[codebook_row * work.codebook.stride + index[lane]] += residual[lane];
+    }
+  }
+
+  template <int kCount>
+  void add_by_row(int64_t column, const Group<T, kCount>& group, const typename S::V* residual) {
+    const int64_t begin = column * work.columns.rows * S::kLanes;
+    for (int64_t row = 0; row < work.columns.rows; ++row) {
+      const auto index = S::load(work.columns.indices + begin + row * S::kLanes);
+      T* sums = work.scratch + begin + row * S::kLanes;
+      auto sum = S::load(sums);
+      for (int n = 0; n < kCount; ++n) sum += group.index[n] == index ? residual[n] : typename S::V{};
+      S::store(sums, sum);
+    }
+  }
+
+  template <int kCount>
+  void group(const Span& span, int64_t position) {
+    const BackwardArguments& a = *work.arguments;
+    Group<T, kCount> group;
+    int64_t offsets[kCount];
+    for (int n = 0; n < kCount; ++n) {
+      offsets[n] = span.offset + (position + n) * span.stride;
+      group.z[n] = load_part(static_cast<const E*>(a.z) + offsets[n], span.lanes);
+    }
+    const bool exact = search<T, kSearch, kCount>(work, span.column, span.lanes, group);
+    typename S::V residual[kCount];
+    for (int n = 0; n < kCount; ++n) {
+      residual[n] = only_valid<T>(group.z[n] - group.quantized[n], span.lanes);
+      if (!a.grad_z) continue;
+      auto gradient = residual[n] * S::splat(work.residual_scale);
+      if (a.grad_quantized)
+        gradient = load_part(static_cast<const E*>(a.grad_quantized) + offsets[n], span.lanes) + gradient;
+      store_part(static_cast<E*>(a.grad_z) + offsets[n], gradient, span.lanes, work.stream);
+    }
+    if (!work.residual_sums) return;
+    if (kSearch == Search::kCells || exact) {
+      for (int n = 0; n < kCount; ++n) add_by_index(span.column, span.lanes, residual[n], group.index[n]);
+    } else {
+      add_by_row<kCount>(span.column, group, residual);
+    }
+  }
+
+  void flush(int64_t begin, int64_t end) {
+    const ColumnTables<T>& tables = work.columns;
+    for (int64_t column = begin; column < end; ++column) {
+      for (int64_t row = 0; row < tables.rows; ++row) {
+        const int64_t at = (column * tables.rows + row) * S::kLanes;
+        for (int lane = 0; lane < S::kLanes; ++lane) {
+          const int64_t codebook_row = tables.codebook_rows[column * S::kLanes + lane];
+          const auto index = tables.indices[at + lane];
+          if (index < 0) continue;
+          work.residual_sums[codebook_row * work.codebook.stride + index] += work.scratch[at + lane];
+          work.scratch[at + lane] = 0;
+        }
+      }
+    }
+  }
+
+  void run() {
+    const bool by_row = work.residual_sums && kSearch != Search::kCells;
+    const bool periodic = work.traversal.periodic;
+    int64_t accumulated = 0;
+    for_each_span<T>(
+        work,
+        [&](const Span& span) {
+          int64_t position = 0;
+          for (; position + kUnroll <= span.count; position += kUnroll) group<kUnroll>(span, position);
+          for (; position < span.count; ++position) group<1>(span, position);
+        },
+        [&](int64_t begin, int64_t end, int64_t vectors) {
+          accumulated += vectors;
+          if (!by_row || (periodic && accumulated < kMaxAccumulations)) return;
+          flush(begin, end);
+          accumulated = 0;
+        });
+    if (by_row && periodic) flush(0, work.traversal.columns);
+  }
+};
+
+template <template <class, Search> class Kernel, class E, class W>
+inline void run_search(const W& work) {
+  switch (work.search) {
+    case Search::kDirect: return Kernel<E, Search::kDirect>{work}.run();
+    case Search::kThresholds: return Kernel<E, Search::kThresholds>{work}.run();
+    case Search::kCells: return Kernel<E, Search::kCells>{work}.run();
+  }
+}
+
+template <template <class, Search> class Kernel, class W>
+void run_float(const W& work) {
+  switch (work.arguments->value_type) {
+    case ValueType::kFloat16: return run_search<Kernel, Float16>(work);
+    case ValueType::kBFloat16: return run_search<Kernel, BFloat16>(work);
+    default: return run_search<Kernel, float>(work);
+  }
+}
+
+template <template <class, Search> class Kernel, class W>
+void run_double(const W& work) {
+  run_search<Kernel, double>(work);
+}
+
+}  // namespace
+
+const Kernels QLAE_KERNELS = {
+    QLAE_KERNELS_NAME,
+    kVectorBytes,
+    run_float<Forward, ForwardWork<float>>,
+    run_double<Forward, ForwardWork<double>>,
+    run_float<Backward, BackwardWork<float>>,
+    run_double<Backward, BackwardWork<double>>,
+};
+
+}  // namespace qlae::cpu

@@ -1,0 +1,126 @@
+"""The contract with torch: functional ops with schemas, fakes and autograd, used where a call is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlae_kernels.latent_quantize import Call, make_call
+from qlae_kernels.problem import is_dense, layout_of
+
+
+def _call(z: Tensor, codebook: Tensor, levels: list[int] | None, channel_dim: int, *arguments: Any) -> Call:
+    layout = layout_of(z, channel_dim % z.dim()) if -z.dim() <= channel_dim < z.dim() else None
+    return make_call(
+        z.shape,
+        z.dtype,
+        z.device,
+        codebook.shape,
+        codebook.dtype,
+        codebook.device,
+        None if levels is None else tuple(levels),
+        channel_dim,
+        *arguments,
+        layout=layout,
+    )
+
+
+def _dense(z: Tensor) -> Tensor:
+    return z if is_dense(z) else z.clone()
+
+
+@torch.library.custom_op("qlae::latent_quantize", mutates_args=())
+def latent_quantize_op(
+    z: Tensor,
+    codebook: Tensor,
+    levels: list[int] | None,
+    channel_dim: int,
+    quantization_weight: float,
+    commitment_weight: float,
+    index_dtype: torch.dtype,
+    return_indices: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`latent_quantize` as an op; without `return_indices` the indices are empty."""
+    z = _dense(z)
+    call = _call(
+        z,
+        codebook,
+        levels,
+        channel_dim,
+        quantization_weight,
+        commitment_weight,
+        index_dtype,
+        return_indices,
+        backend,
+    )
+    quantized, indices, loss = call.forward(z, codebook)
+    return quantized, z.new_empty(0, dtype=index_dtype) if indices is None else indices, loss
+
+
+@latent_quantize_op.register_fake
+def _(
+    z: Tensor,
+    codebook: Tensor,
+    levels: list[int] | None,
+    channel_dim: int,
+    quantization_weight: float,
+    commitment_weight: float,
+    index_dtype: torch.dtype,
+    return_indices: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
+    indices = torch.empty_like(z, dtype=index_dtype) if return_indices else z.new_empty(0, dtype=index_dtype)
+    return torch.empty_like(z), indices, z.new_empty((), dtype=compute_dtype)
+
+
+@torch.library.custom_op("qlae::latent_quantize_backward", mutates_args=())
+def latent_quantize_backward_op(
+    z: Tensor,
+    codebook: Tensor,
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    levels: list[int] | None,
+    channel_dim: int,
+    quantization_weight: float,
+    commitment_weight: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of z and of the codebook, each in its own dtype."""
+    z = _dense(z)
+    call = _call(z, codebook, levels, channel_dim, quantization_weight, commitment_weight, torch.int64, False, backend)
+    grad_z, grad_codebook = call.backward(z, codebook, grad_quantized, grad_loss, True, True)
+    return grad_z, grad_codebook
+
+
+@latent_quantize_backward_op.register_fake
+def _(
+    z: Tensor,
+    codebook: Tensor,
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    levels: list[int] | None,
+    channel_dim: int,
+    quantization_weight: float,
+    commitment_weight: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), codebook.new_empty(codebook.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, codebook, levels, channel_dim, quantization_weight, commitment_weight, _, _, backend = inputs
+    ctx.save_for_backward(z, codebook)
+    ctx.arguments = (levels, channel_dim, quantization_weight, commitment_weight, backend)
+
+
+def _backward(ctx: Any, grad_quantized: Tensor, _: Tensor | None, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    z, codebook = ctx.saved_tensors
+    gradients = latent_quantize_backward_op(z, codebook, grad_quantized, grad_loss, *ctx.arguments)
+    return (*gradients, None, None, None, None, None, None, None)
+
+
+latent_quantize_op.register_autograd(_backward, setup_context=_setup_context)
