@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "buffer_pool.h"
 #include "latent_quantize_cpu.h"
 
 namespace py = pybind11;
@@ -10,6 +11,22 @@ namespace {
 
 // Calls shorter than handing the interpreter lock over keep it.
 constexpr int64_t kReleaseLockElements = 32768;
+
+// Owns a block of the pool for as long as a tensor refers to it.
+class PooledBuffer {
+ public:
+  explicit PooledBuffer(int64_t bytes) : bytes_(bytes), block_(qlae::BufferPool::instance().acquire(bytes, capacity_)) {}
+  ~PooledBuffer() { qlae::BufferPool::instance().release(block_, capacity_); }
+  PooledBuffer(const PooledBuffer&) = delete;
+  PooledBuffer& operator=(const PooledBuffer&) = delete;
+
+  py::buffer_info view() { return {static_cast<uint8_t*>(block_), bytes_}; }
+
+ private:
+  int64_t bytes_;
+  int64_t capacity_ = 0;
+  void* block_;
+};
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -67,6 +84,12 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Kernels of qlae_kernels over raw addresses; use qlae_kernels.latent_quantize instead.";
   module.def("latent_quantize_forward_cpu", &forward);
   module.def("latent_quantize_backward_cpu", &backward);
+  py::class_<PooledBuffer>(module, "PooledBuffer", py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer(&PooledBuffer::view);
+  module.def("set_max_idle_bytes", [](int64_t bytes) { qlae::BufferPool::instance().set_max_idle_bytes(bytes); });
+  module.def("max_idle_bytes", [] { return qlae::BufferPool::instance().max_idle_bytes(); });
+  module.def("idle_bytes", [] { return qlae::BufferPool::instance().idle_bytes(); });
   module.def("instruction_sets", &qlae::instruction_sets);
   module.def("active_instruction_set", &qlae::active_instruction_set);
   module.def("use_instruction_set", &qlae::use_instruction_set, py::arg("name"));

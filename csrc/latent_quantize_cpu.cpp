@@ -14,10 +14,6 @@
 #include <stdexcept>
 #include <type_traits>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "latent_quantize_cpu_kernels.h"
 
 namespace qlae {
@@ -30,16 +26,16 @@ using cpu::Search;
 using cpu::Traversal;
 using cpu::Work;
 
-// Measured crossovers (docs/latent_quantize.md): samples per latent that repay sorting, codes that repay cells.
+// Measured crossovers (docs/latent_quantize.md): samples per latent that repay sorting the codebook, and codes per
+// vector lane up to which comparing to every boundary is faster than searching in cells.
 constexpr int64_t kMinSamplesToSort = 512;
-constexpr int64_t kMaxThresholdCodes = 24;
+constexpr int64_t kThresholdCodesPerLane = 4;
 constexpr int64_t kMaxParts = 64;
 constexpr int64_t kMinElementsPerPart = 16384;
 constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
-constexpr int64_t kHugePageBytes = int64_t{2} << 20;
 
-// Hands out zero-initialised arrays that live until it dies. A small block is kept per thread, so that a call on a
+// Hands out aligned arrays that live until it dies. A small block is kept per thread, so that a call on a
 // small tensor allocates nothing.
 class Workspace {
  public:
@@ -49,10 +45,16 @@ class Workspace {
 
   template <class T>
   T* zeros(int64_t count) {
+    T* block = array<T>(count);
+    std::memset(block, 0, count * sizeof(T));
+    return block;
+  }
+
+  template <class T>
+  T* array(int64_t count) {
     const int64_t bytes = (count * int64_t{sizeof(T)} + kAlignment - 1) / kAlignment * kAlignment;
     std::byte* block = used_ + bytes <= kKept ? kept() + used_ : allocate(bytes);
     used_ += used_ + bytes <= kKept ? bytes : 0;
-    std::memset(block, 0, bytes);
     return reinterpret_cast<T*>(block);
   }
 
@@ -188,74 +190,66 @@ struct SortedCodes {
   }
 };
 
-template <class T>
-void fill_direct(Work<T>& work, int64_t codebook_row, int64_t rows, std::vector<T>& values,
-                 std::vector<int64_t>& indices) {
-  const T* codes = static_cast<const T*>(work.codebook.values) + codebook_row * work.codebook.stride;
-  const int64_t count = work.codebook.num_codes(codebook_row);
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  values.assign(rows, nan);
-  indices.assign(rows, -1);
-  const int64_t first_nan = std::find_if(codes, codes + count, [](T code) { return std::isnan(code); }) - codes;
-  if (first_nan < count) {
-    // Every finite z is assigned to the first NaN, every other z to index 0.
-    indices[0] = first_nan;
-    if (first_nan > 0) indices[1] = 0;
-    return;
-  }
-  std::copy(codes, codes + count, values.begin());
-  std::iota(indices.begin(), indices.begin() + count, int64_t{0});
+// Calls fill(codebook_row, at) for every lane of every column; entry r of the lane's table is at `at + r * lanes`.
+template <class T, class Fill>
+void for_each_lane(const Work<T>& work, int64_t lanes, Fill fill) {
+  for (int64_t column = 0; column < work.traversal.columns; ++column)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      fill(int64_t{work.columns.codebook_rows[column * lanes + lane]}, column * work.columns.rows * lanes + lane);
 }
 
-// Tables of kDirect and kThresholds: one row's codes repeated into every lane that uses them.
 template <class T>
-void build_column_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64_t max_codes) {
-  using Index = typename cpu::VectorIndex<T>::type;
-  const int64_t columns = work.traversal.columns;
-  const int64_t entries = columns * max_codes * lanes;
-  T* values = workspace.zeros<T>(entries);
-  Index* indices = workspace.zeros<Index>(entries);
-  const bool sorted = work.search == Search::kThresholds;
-  T* thresholds = sorted ? workspace.zeros<T>(entries) : nullptr;
-  T* bounds = sorted ? workspace.zeros<T>(columns * lanes) : nullptr;
-  const Index* codebook_rows = work.columns.codebook_rows;
-
-  std::vector<std::vector<int64_t>> positions(work.codebook.rows);
-  for (int64_t position = 0; position < columns * lanes; ++position)
-    positions[codebook_rows[position]].push_back(position);
-
-  std::vector<T> row_values, row_thresholds(max_codes);
-  std::vector<int64_t> row_indices;
-  for (int64_t codebook_row = 0; codebook_row < work.codebook.rows; ++codebook_row) {
-    T bound = 0;
-    if (sorted) {
-      const T* codes = static_cast<const T*>(work.codebook.values) + codebook_row * work.codebook.stride;
-      SortedCodes<T> sorted_codes(codes, work.codebook.num_codes(codebook_row));
-      row_values = std::move(sorted_codes.values);
-      row_indices = std::move(sorted_codes.indices);
-      row_thresholds = std::move(sorted_codes.thresholds);
-      row_values.resize(max_codes, T(0));
-      row_indices.resize(max_codes, -1);
-      row_thresholds.resize(max_codes, std::numeric_limits<T>::infinity());
-      bound = sorted_codes.bound;
-    } else {
-      fill_direct(work, codebook_row, max_codes, row_values, row_indices);
-    }
-    for (const int64_t position : positions[codebook_row]) {
-      const int64_t at = position / lanes * max_codes * lanes + position % lanes;
-      for (int64_t row = 0; row < max_codes; ++row) {
-        values[at + row * lanes] = row_values[row];
-        indices[at + row * lanes] = static_cast<Index>(row_indices[row]);
-        if (sorted) thresholds[at + row * lanes] = row_thresholds[row];
-      }
-      if (sorted) bounds[position] = bound;
-    }
-  }
+void build_direct_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64_t max_codes) {
+  T* values = workspace.array<T>(work.traversal.columns * max_codes * lanes);
   work.columns.rows = max_codes;
   work.columns.values = values;
-  work.columns.indices = indices;
-  work.columns.thresholds = thresholds;
+  for_each_lane(work, lanes, [&](int64_t codebook_row, int64_t at) {
+    const T* codes = static_cast<const T*>(work.codebook.values) + codebook_row * work.codebook.stride;
+    const int64_t count = work.codebook.num_codes(codebook_row);
+    for (int64_t row = 0; row < count; ++row) values[at + row * lanes] = codes[row];
+    for (int64_t row = count; row < max_codes; ++row) values[at + row * lanes] = std::numeric_limits<T>::quiet_NaN();
+  });
+}
+
+template <class T>
+std::vector<SortedCodes<T>> sort_codebook(const CodebookView& codebook) {
+  std::vector<SortedCodes<T>> sorted;
+  sorted.reserve(codebook.rows);
+  for (int64_t row = 0; row < codebook.rows; ++row)
+    sorted.emplace_back(static_cast<const T*>(codebook.values) + row * codebook.stride, codebook.num_codes(row));
+  return sorted;
+}
+
+template <class T>
+void build_bounds(Work<T>& work, Workspace& workspace, int64_t lanes, const std::vector<SortedCodes<T>>& sorted) {
+  T* bounds = workspace.array<T>(work.traversal.columns * lanes);
+  for (int64_t position = 0; position < work.traversal.columns * lanes; ++position)
+    bounds[position] = sorted[work.columns.codebook_rows[position]].bound;
   work.columns.bounds = bounds;
+}
+
+template <class T>
+void build_threshold_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64_t max_codes) {
+  using Index = typename cpu::VectorIndex<T>::type;
+  const int64_t entries = work.traversal.columns * max_codes * lanes;
+  T* values = workspace.array<T>(entries);
+  T* thresholds = workspace.array<T>(entries);
+  Index* indices = workspace.array<Index>(entries);
+  work.columns.rows = max_codes;
+  work.columns.values = values;
+  work.columns.thresholds = thresholds;
+  work.columns.indices = indices;
+  const std::vector<SortedCodes<T>> sorted = sort_codebook<T>(work.codebook);
+  build_bounds(work, workspace, lanes, sorted);
+  for_each_lane(work, lanes, [&](int64_t codebook_row, int64_t at) {
+    const SortedCodes<T>& codes = sorted[codebook_row];
+    const int64_t count = static_cast<int64_t>(codes.values.size());
+    for (int64_t row = 0; row < max_codes; ++row, at += lanes) {
+      values[at] = row < count ? codes.values[row] : T(0);
+      thresholds[at] = row < count ? codes.thresholds[row] : std::numeric_limits<T>::infinity();
+      indices[at] = row < count ? static_cast<Index>(codes.indices[row]) : Index{-1};
+    }
+  });
 }
 
 template <class T>
@@ -271,15 +265,17 @@ void build_cell_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64
   Index* indices = workspace.zeros<Index>(rows * stride);
   T* origins = workspace.zeros<T>(rows);
   T* scales = workspace.zeros<T>(rows);
-  std::vector<T> row_bounds(rows);
+  const std::vector<SortedCodes<T>> codebook = sort_codebook<T>(work.codebook);
+  build_bounds(work, workspace, lanes, codebook);
   std::fill(thresholds, thresholds + rows * stride, std::numeric_limits<T>::infinity());
   int64_t most_in_one_cell = 0;
+  bool sorted_already = true;
   for (int64_t row = 0; row < rows; ++row) {
-    const T* codes = static_cast<const T*>(work.codebook.values) + row * work.codebook.stride;
-    const SortedCodes<T> sorted(codes, work.codebook.num_codes(row));
+    const SortedCodes<T>& sorted = codebook[row];
     const int64_t count = static_cast<int64_t>(sorted.values.size());
-    row_bounds[row] = sorted.bound;
     if (sorted.bound < T(0)) continue;
+    sorted_already = sorted_already && std::is_sorted(sorted.indices.begin(), sorted.indices.end()) &&
+                     sorted.indices.back() == count - 1;
     std::copy(sorted.values.begin(), sorted.values.end(), values + row * stride);
     std::copy(sorted.thresholds.begin(), sorted.thresholds.end(), thresholds + row * stride);
     std::copy(sorted.indices.begin(), sorted.indices.end(), indices + row * stride);
@@ -300,19 +296,22 @@ void build_cell_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64
       most_in_one_cell = std::max(most_in_one_cell, rank - before);
     }
   }
-  const int64_t positions = work.traversal.columns * lanes;
-  T* bounds = workspace.zeros<T>(positions);
-  for (int64_t position = 0; position < positions; ++position)
-    bounds[position] = row_bounds[work.columns.codebook_rows[position]];
-  work.columns.bounds = bounds;
   work.cells = {cells,   stride,  static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most_in_one_cell))),
                 starts,  values,  thresholds,
                 indices, origins, scales};
 }
 
-Search choose_search(int64_t samples, int64_t max_codes) {
-  if (samples < kMinSamplesToSort) return Search::kDirect;
-  return max_codes <= kMaxThresholdCodes ? Search::kThresholds : Search::kCells;
+template <class T>
+Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, const CodebookView& codebook) {
+  const T* codes = static_cast<const T*>(codebook.values);
+  const int64_t count = codebook.rows * codebook.stride;
+  // A NaN code makes every z of its row an exception, and the direct search knows none.
+  const bool has_nan = std::any_of(codes, codes + count, [](T code) { return code != code; });
+  if (samples < kMinSamplesToSort && !has_nan) return Search::kDirect;
+  // Vector lanes hold 32-bit positions in the cell tables.
+  const bool fits = codebook.rows * 4 * max_codes < std::numeric_limits<int32_t>::max();
+  if (!fits) return has_nan ? Search::kThresholds : Search::kDirect;
+  return max_codes <= kThresholdCodesPerLane * lanes ? Search::kThresholds : Search::kCells;
 }
 
 int64_t max_num_codes(const CodebookView& codebook) {
@@ -329,18 +328,21 @@ void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const Cod
   const int64_t max_codes = max_num_codes(codebook);
   work.codebook = codebook;
   work.traversal = plan_traversal(layout, lanes);
-  work.search = choose_search(layout.outer * layout.inner, max_codes);
-  Index* codebook_rows = workspace.zeros<Index>(work.traversal.columns * lanes);
-  const int64_t period = layout.num_latents * layout.inner;
+  work.search = choose_search<T>(layout.outer * layout.inner, lanes, max_codes, codebook);
+  Index* codebook_rows = workspace.array<Index>(work.traversal.columns * lanes);
+  int64_t latent = 0, inner = 0;
   for (int64_t position = 0; position < work.traversal.columns * lanes; ++position) {
-    const int64_t latent = work.traversal.periodic ? position % period / layout.inner : position / lanes;
+    if (!work.traversal.periodic) latent = position / lanes;
     codebook_rows[position] = static_cast<Index>(latent);
+    if (!work.traversal.periodic || ++inner < layout.inner) continue;
+    inner = 0;
+    latent = latent + 1 < layout.num_latents ? latent + 1 : 0;
   }
   work.columns.codebook_rows = codebook_rows;
-  if (work.search == Search::kCells) {
-    build_cell_tables(work, workspace, lanes, max_codes);
-  } else {
-    build_column_tables(work, workspace, lanes, max_codes);
+  switch (work.search) {
+    case Search::kDirect: return build_direct_tables(work, workspace, lanes, max_codes);
+    case Search::kThresholds: return build_threshold_tables(work, workspace, lanes, max_codes);
+    case Search::kCells: return build_cell_tables(work, workspace, lanes, max_codes);
   }
 }
 
@@ -352,11 +354,6 @@ int64_t count_parts(const Traversal& traversal, int64_t partial_bytes) {
 
 int64_t element_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 2; }
 
-int64_t index_bytes(IndexType type) {
-  constexpr int64_t kBytes[] = {1, 2, 4, 8};
-  return kBytes[static_cast<int>(type)];
-}
-
 // Whole aligned vectors only, and outputs that the cache would not keep.
 template <class T>
 bool may_stream(const Work<T>& work, std::initializer_list<const void*> outputs, int64_t bytes) {
@@ -364,17 +361,6 @@ bool may_stream(const Work<T>& work, std::initializer_list<const void*> outputs,
   const bool aligned = std::all_of(outputs.begin(), outputs.end(),
                                    [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; });
   return aligned && bytes >= kStreamBytes && work.traversal.segment % lanes == 0;
-}
-
-// Fresh large outputs are touched page by page: huge pages cost a fraction of the faults.
-void prefer_huge_pages([[maybe_unused]] void* pointer, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (!pointer || bytes < 2 * kHugePageBytes) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(pointer) + 4095) / 4096 * 4096;
-  const auto end = (reinterpret_cast<uintptr_t>(pointer) + bytes) / 4096 * 4096;
-  // Advice: a kernel that declines it serves small pages, and nothing else changes.
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // Calls body(part) for every part; parts are independent.
@@ -406,8 +392,6 @@ void forward(const ForwardArguments& arguments, void (*kernel)(const ForwardWork
     prepare<T>(work, workspace, arguments.layout, arguments.codebook);
     work.stream =
         may_stream(work, {arguments.quantized, arguments.indices}, size * element_bytes(arguments.value_type));
-    prefer_huge_pages(arguments.quantized, size * element_bytes(arguments.value_type));
-    prefer_huge_pages(arguments.indices, size * index_bytes(arguments.index_type));
     const int64_t parts = count_parts(work.traversal, sizeof(double));
     double* sums = workspace.zeros<double>(parts);
     for_each_part(parts, arguments.threads, [&](int64_t part) {
@@ -440,7 +424,6 @@ void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardW
   prepare<T>(work, workspace, arguments.layout, arguments.codebook);
   const int64_t value_bytes = size * element_bytes(arguments.value_type);
   work.stream = may_stream(work, {arguments.grad_z}, value_bytes);
-  prefer_huge_pages(arguments.grad_z, value_bytes);
 
   const int64_t parts = count_parts(work.traversal, num_codes * static_cast<int64_t>(sizeof(double)));
   const bool by_row = grad_codebook && work.search != Search::kCells;

@@ -44,6 +44,7 @@ struct Simd {
   }
   static void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
   static V splat(T value) { return value - V{}; }
+  static I splat(Index value) { return value - I{}; }
   static V absolute(V v) {
     constexpr Index kSign = std::numeric_limits<Index>::max();
     return (V)((I)v & kSign);
@@ -185,6 +186,19 @@ inline void store_indices(void* indices, IndexType type, int64_t offset, typenam
   }
 }
 
+// table[index] per lane. Scalar loads: on the processors measured, gather instructions are no faster.
+template <class T, class E>
+inline auto gather(const E* table, typename Simd<T>::I index) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  typename Simd<T>::Index positions[kLanes];
+  E values[kLanes];
+  std::memcpy(positions, &index, sizeof index);
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] = table[positions[lane]];
+  typename VectorOf<E, kVectorBytes>::type result;
+  std::memcpy(&result, values, sizeof result);
+  return result;
+}
+
 template <class M>
 inline bool any(M mask) {
 #if defined(__AVX512F__)
@@ -197,6 +211,13 @@ inline bool any(M mask) {
   uint64_t all = 0;
   for (uint64_t word : words) all |= word;
   return all != 0;
+#endif
+}
+
+// Makes non-temporal stores visible to the threads that read the outputs next.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
@@ -233,11 +254,18 @@ inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
   for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
     const int64_t first = unit * t.unit_length;
     const int64_t count = segments - first < t.unit_length ? segments - first : t.unit_length;
-    for (int64_t column = 0; count && column < t.columns; ++column) {
-      const int64_t begin = column * kLanes;
-      const int64_t lanes = t.segment - begin < kLanes ? t.segment - begin : kLanes;
-      visit(Span{column, first * t.segment + begin, t.segment, count, lanes});
-    }
+    // Segments far apart are searched together, so that each of the kUnroll streams runs through memory in order.
+    const int64_t together = t.columns == 1 ? count : kUnroll;
+    const int64_t apart = t.columns == 1 ? 1 : count / together;
+    const auto visit_segments = [&](int64_t segment, int64_t stride, int64_t vectors) {
+      for (int64_t column = 0; column < t.columns; ++column) {
+        const int64_t begin = column * kLanes;
+        const int64_t lanes = t.segment - begin < kLanes ? t.segment - begin : kLanes;
+        visit(Span{column, segment * t.segment + begin, stride * t.segment, vectors, lanes});
+      }
+    };
+    for (int64_t segment = 0; count && segment < apart; ++segment) visit_segments(first + segment, apart, together);
+    for (int64_t segment = apart * together; segment < count; ++segment) visit_segments(first + segment, 1, 1);
     if (unit == t.units - 1) {
       const int64_t rest = t.size - segments * t.segment;
       for (int64_t begin = 0; begin < rest; begin += kLanes) {
@@ -258,19 +286,21 @@ struct Group {
 };
 
 template <class T, int kCount>
-inline void search_direct(const ColumnTables<T>& tables, int64_t column, Group<T, kCount>& group) {
+[[gnu::always_inline]] inline void search_direct(const ColumnTables<T>& tables, int64_t column,
+                                                 Group<T, kCount>& group) {
   using S = Simd<T>;
   const T* values = tables.values + column * tables.rows * S::kLanes;
-  const auto* indices = tables.indices + column * tables.rows * S::kLanes;
   typename S::V smallest[kCount];
+#pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
     group.quantized[n] = S::load(values);
-    group.index[n] = S::load(indices);
+    group.index[n] = typename S::I{};
     smallest[n] = S::absolute(group.z[n] - group.quantized[n]);
   }
   for (int64_t row = 1; row < tables.rows; ++row) {
     const auto value = S::load(values + row * S::kLanes);
-    const auto index = S::load(indices + row * S::kLanes);
+    const auto index = S::splat(static_cast<typename S::Index>(row));
+#pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
       const auto distance = S::absolute(group.z[n] - value);
       const auto closer = distance < smallest[n];
@@ -279,6 +309,7 @@ inline void search_direct(const ColumnTables<T>& tables, int64_t column, Group<T
       group.index[n] = closer ? index : group.index[n];
     }
   }
+#pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
     const auto finite = S::absolute(group.z[n]) <= S::splat(std::numeric_limits<T>::max());
     group.quantized[n] = finite ? group.quantized[n] : S::splat(std::numeric_limits<T>::quiet_NaN());
@@ -287,9 +318,11 @@ inline void search_direct(const ColumnTables<T>& tables, int64_t column, Group<T
 }
 
 template <class T, int kCount>
-inline void search_thresholds(const ColumnTables<T>& tables, int64_t column, Group<T, kCount>& group) {
+[[gnu::always_inline]] inline void search_thresholds(const ColumnTables<T>& tables, int64_t column,
+                                                     Group<T, kCount>& group) {
   using S = Simd<T>;
   const int64_t begin = column * tables.rows * S::kLanes;
+#pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
     group.quantized[n] = S::load(tables.values + begin);
     group.index[n] = S::load(tables.indices + begin);
@@ -298,6 +331,7 @@ inline void search_thresholds(const ColumnTables<T>& tables, int64_t column, Gro
     const auto threshold = S::load(tables.thresholds + begin + row * S::kLanes);
     const auto value = S::load(tables.values + begin + row * S::kLanes);
     const auto index = S::load(tables.indices + begin + row * S::kLanes);
+#pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
       const auto reached = group.z[n] >= threshold;
       group.quantized[n] = reached ? value : group.quantized[n];
@@ -307,75 +341,81 @@ inline void search_thresholds(const ColumnTables<T>& tables, int64_t column, Gro
 }
 
 template <class T, int kCount>
-inline void search_cells(const Work<T>& work, int64_t column, Group<T, kCount>& group) {
+[[gnu::always_inline]] inline void search_cells(const Work<T>& work, int64_t column, Group<T, kCount>& group) {
   using S = Simd<T>;
+  using Index = typename S::Index;
   const CellTables<T>& cells = work.cells;
-  const auto* codebook_rows = work.columns.codebook_rows + column * S::kLanes;
-  const T last = static_cast<T>(cells.cells - 1);
+  const auto codebook_row = S::load(work.columns.codebook_rows + column * S::kLanes);
+  const auto origin = gather<T>(cells.origins, codebook_row);
+  const auto scale = gather<T>(cells.scales, codebook_row);
+  const auto first_cell = codebook_row * static_cast<Index>(cells.cells);
+  const auto first_code = codebook_row * static_cast<Index>(cells.stride);
+  const auto last = S::splat(static_cast<T>(cells.cells - 1));
+#pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
-    typename S::Index rank[S::kLanes], base[S::kLanes];
-    T z[S::kLanes], value[S::kLanes];
-    S::store(z, group.z[n]);
-    for (int lane = 0; lane < S::kLanes; ++lane) {
-      const auto codes = codebook_rows[lane];
-      T cell = (z[lane] - cells.origins[codes]) * cells.scales[codes];
-      cell = cell > T(0) ? cell : T(0);
-      cell = cell < last ? cell : last;
-      rank[lane] = cells.starts[codes * cells.cells + static_cast<typename S::Index>(cell)];
-      base[lane] = codes * static_cast<typename S::Index>(cells.stride);
-    }
+    auto place = (group.z[n] - origin) * scale;
+    place = place > typename S::V{} ? place : typename S::V{};
+    place = place < last ? place : last;
+    auto code = first_code + gather<T>(cells.starts, first_cell + __builtin_convertvector(place, typename S::I));
     for (int64_t step = cells.first_step; step > 0; step >>= 1) {
-      for (int lane = 0; lane < S::kLanes; ++lane) {
-        const auto candidate = rank[lane] + static_cast<typename S::Index>(step);
-        rank[lane] = z[lane] >= cells.thresholds[base[lane] + candidate] ? candidate : rank[lane];
-      }
+      const auto candidate = code + S::splat(static_cast<Index>(step));
+      code = group.z[n] >= gather<T>(cells.thresholds, candidate) ? candidate : code;
     }
-    for (int lane = 0; lane < S::kLanes; ++lane) {
-      value[lane] = cells.values[base[lane] + rank[lane]];
-      rank[lane] = cells.indices[base[lane] + rank[lane]];
-    }
-    group.quantized[n] = S::load(value);
-    group.index[n] = S::load(rank);
+    group.quantized[n] = gather<T>(cells.values, code);
+    group.index[n] = cells.indices ? gather<T>(cells.indices, code) : code - first_code;
   }
 }
 
-// Lanes beyond the bound, where rounding may tie distant codes, and z that is not finite: the definition itself.
 template <class T>
-inline void search_exactly(const Work<T>& work, int64_t column, int64_t lanes, const typename Simd<T>::I& outside,
-                           const typename Simd<T>::V& z, typename Simd<T>::V& quantized, typename Simd<T>::I& index) {
+struct Match {
+  typename Simd<T>::V quantized;
+  typename Simd<T>::I index;
+};
+
+// Lanes beyond the bound, where rounding may tie distant codes, and z that is not finite: the definition itself. Rare,
+// and by value, so that the caller's vectors stay in registers.
+template <class T>
+[[gnu::noinline]] Match<T> search_exactly(const Work<T>& work, int64_t column, int64_t lanes, typename Simd<T>::V z,
+                                          Match<T> match) {
   using S = Simd<T>;
   const T* codes = static_cast<const T*>(work.codebook.values);
+  const T* bounds = work.columns.bounds + column * S::kLanes;
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    if (!outside[lane]) continue;
+    const T value = z[lane];
+    if (value <= bounds[lane] && -value <= bounds[lane]) continue;
     const int64_t codebook_row = work.columns.codebook_rows[column * S::kLanes + lane];
     const T* row = codes + codebook_row * work.codebook.stride;
-    const int64_t nearest = nearest_code(T(z[lane]), row, work.codebook.num_codes(codebook_row));
-    const bool finite = z[lane] - z[lane] == T(0);
-    index[lane] = static_cast<typename S::Index>(nearest);
-    quantized[lane] = finite ? row[nearest] : std::numeric_limits<T>::quiet_NaN();
+    const int64_t nearest = nearest_code(value, row, work.codebook.num_codes(codebook_row));
+    const bool finite = value - value == T(0);
+    match.index[lane] = static_cast<typename S::Index>(nearest);
+    match.quantized[lane] = finite ? row[nearest] : std::numeric_limits<T>::quiet_NaN();
   }
+  return match;
 }
 
 // Returns true when some lane lay outside the exact range, so that its index may stand in no table row.
 template <class T, Search kSearch, int kCount>
-inline bool search(const Work<T>& work, int64_t column, int64_t lanes, Group<T, kCount>& group) {
+[[gnu::always_inline]] inline bool search(const Work<T>& work, int64_t column, int64_t lanes, Group<T, kCount>& group) {
   using S = Simd<T>;
   if constexpr (kSearch == Search::kDirect) {
     search_direct<T, kCount>(work.columns, column, group);
     return false;
   } else {
     const auto bound = S::load(work.columns.bounds + column * S::kLanes);
-    typename S::I outside[kCount], any_outside = {};
-    for (int n = 0; n < kCount; ++n) {
-      outside[n] = ~(S::absolute(group.z[n]) <= bound);
-      any_outside |= outside[n];
-    }
+    typename S::I outside = {};
+#pragma GCC unroll 4
+    for (int n = 0; n < kCount; ++n) outside |= ~(S::absolute(group.z[n]) <= bound);
     if constexpr (kSearch == Search::kThresholds) search_thresholds<T, kCount>(work.columns, column, group);
     if constexpr (kSearch == Search::kCells) search_cells<T, kCount>(work, column, group);
-    if (!any(any_outside)) [[likely]]
+    if (!any(outside)) [[likely]]
       return false;
-    for (int n = 0; n < kCount; ++n)
-      search_exactly(work, column, lanes, outside[n], group.z[n], group.quantized[n], group.index[n]);
+#pragma GCC unroll 4
+    for (int n = 0; n < kCount; ++n) {
+      const Match<T> match =
+          search_exactly<T>(work, column, lanes, group.z[n], {group.quantized[n], group.index[n]});
+      group.quantized[n] = match.quantized;
+      group.index[n] = match.index;
+    }
     return true;
   }
 }
@@ -387,6 +427,17 @@ inline typename Simd<T>::V only_valid(typename Simd<T>::V value, int64_t lanes) 
   return S::lane_numbers() < static_cast<typename S::Index>(lanes) ? value : typename S::V{};
 }
 
+// Hands a span's vectors to the kernel: whole ones kUnroll at a time, what is left one by one.
+template <class Kernel>
+inline void groups(Kernel& kernel, const Span& span) {
+  int64_t position = 0;
+  if (span.lanes == Kernel::S::kLanes) {
+    for (; position + kUnroll <= span.count; position += kUnroll)
+      kernel.template group<kUnroll, true>(span, position);
+  }
+  for (; position < span.count; ++position) kernel.template group<1, false>(span, position);
+}
+
 template <class E, Search kSearch>
 struct Forward {
   using T = typename Element<E>::Compute;
@@ -395,21 +446,24 @@ struct Forward {
   const ForwardWork<T>& work;
   typename S::V squares = {};
 
-  template <int kCount>
+  template <int kCount, bool kWhole>
   void group(const Span& span, int64_t position) {
+    const int64_t lanes = kWhole ? S::kLanes : span.lanes;
     const ForwardArguments& a = *work.arguments;
     Group<T, kCount> group;
     int64_t offsets[kCount];
+#pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
       offsets[n] = span.offset + (position + n) * span.stride;
-      group.z[n] = load_part(static_cast<const E*>(a.z) + offsets[n], span.lanes);
+      group.z[n] = load_part(static_cast<const E*>(a.z) + offsets[n], lanes);
     }
-    search<T, kSearch, kCount>(work, span.column, span.lanes, group);
+    search<T, kSearch, kCount>(work, span.column, lanes, group);
+#pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
       if (a.quantized)
-        store_part(static_cast<E*>(a.quantized) + offsets[n], group.quantized[n], span.lanes, work.stream);
-      if (a.indices) store_indices<T>(a.indices, a.index_type, offsets[n], group.index[n], span.lanes, work.stream);
-      const auto residual = only_valid<T>(group.z[n] - group.quantized[n], span.lanes);
+        store_part(static_cast<E*>(a.quantized) + offsets[n], group.quantized[n], lanes, work.stream);
+      if (a.indices) store_indices<T>(a.indices, a.index_type, offsets[n], group.index[n], lanes, work.stream);
+      const auto residual = only_valid<T>(group.z[n] - group.quantized[n], lanes);
       squares += residual * residual;
     }
   }
@@ -425,14 +479,13 @@ struct Forward {
     for_each_span<T>(
         work,
         [&](const Span& span) {
-          int64_t position = 0;
-          for (; position + kUnroll <= span.count; position += kUnroll) group<kUnroll>(span, position);
-          for (; position < span.count; ++position) group<1>(span, position);
+          groups(*this, span);
           accumulated += span.count;
           if (accumulated >= kMaxAccumulations) flush();
         },
         [](int64_t, int64_t, int64_t) {});
     flush();
+    finish_streaming();
     *work.squared_error = total;
   }
 };
@@ -455,36 +508,42 @@ struct Backward {
   void add_by_row(int64_t column, const Group<T, kCount>& group, const typename S::V* residual) {
     const int64_t begin = column * work.columns.rows * S::kLanes;
     for (int64_t row = 0; row < work.columns.rows; ++row) {
-      const auto index = S::load(work.columns.indices + begin + row * S::kLanes);
+      const auto index = kSearch == Search::kDirect ? S::splat(static_cast<typename S::Index>(row))
+                                                    : S::load(work.columns.indices + begin + row * S::kLanes);
       T* sums = work.scratch + begin + row * S::kLanes;
       auto sum = S::load(sums);
+#pragma GCC unroll 4
       for (int n = 0; n < kCount; ++n) sum += group.index[n] == index ? residual[n] : typename S::V{};
       S::store(sums, sum);
     }
   }
 
-  template <int kCount>
+  template <int kCount, bool kWhole>
   void group(const Span& span, int64_t position) {
+    const int64_t lanes = kWhole ? S::kLanes : span.lanes;
     const BackwardArguments& a = *work.arguments;
     Group<T, kCount> group;
     int64_t offsets[kCount];
+#pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
       offsets[n] = span.offset + (position + n) * span.stride;
-      group.z[n] = load_part(static_cast<const E*>(a.z) + offsets[n], span.lanes);
+      group.z[n] = load_part(static_cast<const E*>(a.z) + offsets[n], lanes);
     }
-    const bool exact = search<T, kSearch, kCount>(work, span.column, span.lanes, group);
+    const bool exact = search<T, kSearch, kCount>(work, span.column, lanes, group);
     typename S::V residual[kCount];
+#pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
-      residual[n] = only_valid<T>(group.z[n] - group.quantized[n], span.lanes);
+      residual[n] = only_valid<T>(group.z[n] - group.quantized[n], lanes);
       if (!a.grad_z) continue;
       auto gradient = residual[n] * S::splat(work.residual_scale);
       if (a.grad_quantized)
-        gradient = load_part(static_cast<const E*>(a.grad_quantized) + offsets[n], span.lanes) + gradient;
-      store_part(static_cast<E*>(a.grad_z) + offsets[n], gradient, span.lanes, work.stream);
+        gradient = load_part(static_cast<const E*>(a.grad_quantized) + offsets[n], lanes) + gradient;
+      store_part(static_cast<E*>(a.grad_z) + offsets[n], gradient, lanes, work.stream);
     }
     if (!work.residual_sums) return;
     if (kSearch == Search::kCells || exact) {
-      for (int n = 0; n < kCount; ++n) add_by_index(span.column, span.lanes, residual[n], group.index[n]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) add_by_index(span.column, lanes, residual[n], group.index[n]);
     } else {
       add_by_row<kCount>(span.column, group, residual);
     }
@@ -497,7 +556,7 @@ struct Backward {
         const int64_t at = (column * tables.rows + row) * S::kLanes;
         for (int lane = 0; lane < S::kLanes; ++lane) {
           const int64_t codebook_row = tables.codebook_rows[column * S::kLanes + lane];
-          const auto index = tables.indices[at + lane];
+          const int64_t index = kSearch == Search::kDirect ? row : tables.indices[at + lane];
           if (index < 0) continue;
           work.residual_sums[codebook_row * work.codebook.stride + index] += work.scratch[at + lane];
           work.scratch[at + lane] = 0;
@@ -512,11 +571,7 @@ struct Backward {
     int64_t accumulated = 0;
     for_each_span<T>(
         work,
-        [&](const Span& span) {
-          int64_t position = 0;
-          for (; position + kUnroll <= span.count; position += kUnroll) group<kUnroll>(span, position);
-          for (; position < span.count; ++position) group<1>(span, position);
-        },
+        [&](const Span& span) { groups(*this, span); },
         [&](int64_t begin, int64_t end, int64_t vectors) {
           accumulated += vectors;
           if (!by_row || (periodic && accumulated < kMaxAccumulations)) return;
@@ -524,6 +579,7 @@ struct Backward {
           accumulated = 0;
         });
     if (by_row && periodic) flush(0, work.traversal.columns);
+    finish_streaming();
   }
 };
 

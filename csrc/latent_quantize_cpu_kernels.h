@@ -23,16 +23,16 @@ enum class Search {
   kCells,       // uniform cells, then a short binary search among boundaries: for many codes
 };
 
-// A column is a group of `lanes` neighbouring elements whose latents are the same wherever the column occurs.
-// Tables of kDirect and kThresholds are [columns, rows, lanes]: row r holds, per lane, a code, its index in the
-// codebook (-1 in padding) and, for kThresholds, the smallest z that belongs to it rather than to row r - 1.
+// A column is a group of `lanes` neighbouring elements whose latents are the same wherever the column occurs. Row r of
+// a column's table holds, per lane, a code and, for kThresholds, its index in the codebook (-1 in padding) and the
+// smallest z that belongs to it rather than to row r - 1. For kDirect, row r is code r and padding is NaN.
 template <class T>
 struct ColumnTables {
   using Index = typename VectorIndex<T>::type;
   int64_t rows;
-  const T* values;
-  const T* thresholds;
-  const Index* indices;
+  const T* values;             // [columns, rows, lanes]
+  const T* thresholds;         // [columns, rows, lanes]
+  const Index* indices;        // [columns, rows, lanes]
   const T* bounds;             // [columns, lanes]; the boundaries decide exactly where |z| <= bound
   const Index* codebook_rows;  // [columns, lanes]
 };

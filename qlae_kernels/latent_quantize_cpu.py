@@ -67,10 +67,41 @@ if _native is not None and "QLAE_CPU_INSTRUCTION_SET" in os.environ:
     _choose_instruction_set(os.environ["QLAE_CPU_INSTRUCTION_SET"])
 
 
+# Outputs of this size and more come from the pool; smaller ones the system's allocator recycles by itself.
+_POOLED_BYTES = 8 << 20
+
+
+def empty_cache() -> None:
+    """Give the idle memory of freed large outputs back to the system."""
+    limit = _native.max_idle_bytes()
+    _native.set_max_idle_bytes(0)
+    _native.set_max_idle_bytes(limit)
+
+
+def set_max_cached_bytes(limit: int) -> None:
+    """Keep at most `limit` bytes of freed large outputs for reuse (at the start 1 GiB); 0 keeps none."""
+    if limit < 0:
+        raise ValueError(f"limit must be a number of bytes >= 0; got {limit}")
+    _native.set_max_idle_bytes(limit)
+
+
+def cached_bytes() -> int:
+    """The bytes of freed large outputs that are kept for reuse."""
+    return _native.idle_bytes()
+
+
+def _empty_like(z: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """An uninitialised tensor with z's shape and strides."""
+    if size * dtype.itemsize < _POOLED_BYTES:
+        return torch.empty_like(z, dtype=dtype)
+    memory = torch.frombuffer(_native.PooledBuffer(size * dtype.itemsize), dtype=dtype)
+    return memory.as_strided(z.shape, z.stride())
+
+
 def forward(z: Tensor, codebook: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `qlae_kernels.problem.Backend.forward`."""
-    quantized = torch.empty_like(z)
-    indices = torch.empty_like(z, dtype=problem.index_dtype) if problem.return_indices else None
+    quantized = _empty_like(z, problem.value_dtype, problem.size)
+    indices = _empty_like(z, problem.index_dtype, problem.size) if problem.return_indices else None
     loss = codebook.new_empty(())
     _native.latent_quantize_forward_cpu(
         _VALUE_TYPE[problem.value_dtype],
@@ -102,7 +133,7 @@ def backward(
     need_grad_codebook: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `qlae_kernels.problem.Backend.backward`."""
-    grad_z = torch.empty_like(z) if need_grad_z else None
+    grad_z = _empty_like(z, problem.value_dtype, problem.size) if need_grad_z else None
     grad_codebook = torch.empty_like(codebook) if need_grad_codebook else None
     _native.latent_quantize_backward_cpu(
         _VALUE_TYPE[problem.value_dtype],
