@@ -15,7 +15,8 @@ constexpr int64_t kReleaseLockElements = 32768;
 // Owns a block of the pool for as long as a tensor refers to it.
 class PooledBuffer {
  public:
-  explicit PooledBuffer(int64_t bytes) : bytes_(bytes), block_(qlae::BufferPool::instance().acquire(bytes, capacity_)) {}
+  explicit PooledBuffer(int64_t bytes)
+      : bytes_(bytes), block_(qlae::BufferPool::instance().acquire(bytes, capacity_)) {}
   ~PooledBuffer() { qlae::BufferPool::instance().release(block_, capacity_); }
   PooledBuffer(const PooledBuffer&) = delete;
   PooledBuffer& operator=(const PooledBuffer&) = delete;
@@ -40,8 +41,8 @@ void without_lock(int64_t size, Call call) {
   call();
 }
 
-void forward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, uintptr_t codebook, int64_t rows,
-             int64_t stride, uintptr_t levels, uintptr_t z, uintptr_t quantized, uintptr_t indices, int index_type,
+void forward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, int64_t rows, int64_t stride,
+             uintptr_t levels, uintptr_t codebook, uintptr_t z, uintptr_t quantized, uintptr_t indices, int index_type,
              uintptr_t loss, double loss_weight, int threads) {
   const qlae::ForwardArguments arguments{
       .value_type = static_cast<qlae::ValueType>(value_type),
@@ -58,8 +59,8 @@ void forward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, 
   without_lock(arguments.layout.size(), [&] { qlae::latent_quantize_forward(arguments); });
 }
 
-void backward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, uintptr_t codebook, int64_t rows,
-              int64_t stride, uintptr_t levels, uintptr_t z, uintptr_t grad_quantized, uintptr_t grad_loss,
+void backward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, int64_t rows, int64_t stride,
+              uintptr_t levels, uintptr_t codebook, uintptr_t z, uintptr_t grad_quantized, uintptr_t grad_loss,
               uintptr_t grad_z, uintptr_t grad_codebook, double quantization_weight, double commitment_weight,
               int threads) {
   const qlae::BackwardArguments arguments{

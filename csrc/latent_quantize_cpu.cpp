@@ -30,6 +30,9 @@ using cpu::Work;
 // vector lane up to which comparing to every boundary is faster than searching in cells.
 constexpr int64_t kMinSamplesToSort = 512;
 constexpr int64_t kThresholdCodesPerLane = 4;
+// Codes per latent up to which summing by table row is faster than adding element by element.
+constexpr int64_t kMaxRowsToSum = 64;
+constexpr int64_t kMaxPeriodicTable = int64_t{1} << 17;
 constexpr int64_t kMaxParts = 64;
 constexpr int64_t kMinElementsPerPart = 16384;
 constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
@@ -100,9 +103,9 @@ const Kernels& kernels() {
 }
 
 // How z is traversed, and which codebook row each lane of each column belongs to.
-Traversal plan_traversal(const LatentLayout& layout, int64_t lanes) {
+Traversal plan_traversal(const LatentLayout& layout, int64_t lanes, int64_t max_codes) {
   const int64_t period = layout.num_latents * layout.inner;
-  const bool runs = layout.inner >= 4 * lanes || (layout.inner > 1 && period > 16384);
+  const bool runs = layout.inner >= 4 * lanes || (layout.inner > 1 && period * max_codes > kMaxPeriodicTable);
   if (runs) {
     const int64_t length = 4096;
     const int64_t units = layout.outer * layout.num_latents * ((layout.inner + length - 1) / length);
@@ -200,8 +203,9 @@ void for_each_lane(const Work<T>& work, int64_t lanes, Fill fill) {
 
 template <class T>
 void build_direct_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64_t max_codes) {
-  T* values = workspace.array<T>(work.traversal.columns * max_codes * lanes);
   work.columns.rows = max_codes;
+  if (!work.traversal.periodic) return;
+  T* values = workspace.array<T>(work.traversal.columns * max_codes * lanes);
   work.columns.values = values;
   for_each_lane(work, lanes, [&](int64_t codebook_row, int64_t at) {
     const T* codes = static_cast<const T*>(work.codebook.values) + codebook_row * work.codebook.stride;
@@ -267,7 +271,7 @@ void build_cell_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64
   T* scales = workspace.zeros<T>(rows);
   const std::vector<SortedCodes<T>> codebook = sort_codebook<T>(work.codebook);
   build_bounds(work, workspace, lanes, codebook);
-  std::fill(thresholds, thresholds + rows * stride, std::numeric_limits<T>::infinity());
+  std::fill(thresholds, thresholds + rows * stride, std::numeric_limits<T>::quiet_NaN());
   int64_t most_in_one_cell = 0;
   bool sorted_already = true;
   for (int64_t row = 0; row < rows; ++row) {
@@ -327,7 +331,7 @@ void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const Cod
   const int64_t lanes = kernels().vector_bytes / static_cast<int64_t>(sizeof(T));
   const int64_t max_codes = max_num_codes(codebook);
   work.codebook = codebook;
-  work.traversal = plan_traversal(layout, lanes);
+  work.traversal = plan_traversal(layout, lanes, max_codes);
   work.search = choose_search<T>(layout.outer * layout.inner, lanes, max_codes, codebook);
   Index* codebook_rows = workspace.array<Index>(work.traversal.columns * lanes);
   int64_t latent = 0, inner = 0;
@@ -426,7 +430,7 @@ void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardW
   work.stream = may_stream(work, {arguments.grad_z}, value_bytes);
 
   const int64_t parts = count_parts(work.traversal, num_codes * static_cast<int64_t>(sizeof(double)));
-  const bool by_row = grad_codebook && work.search != Search::kCells;
+  const bool by_row = grad_codebook && work.search != Search::kCells && work.columns.rows <= kMaxRowsToSum;
   const int64_t scratch_size =
       by_row ? work.traversal.columns * work.columns.rows * (kernels().vector_bytes / static_cast<int64_t>(sizeof(T)))
              : 0;

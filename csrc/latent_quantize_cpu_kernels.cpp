@@ -286,19 +286,23 @@ struct Group {
 };
 
 template <class T, int kCount>
-[[gnu::always_inline]] inline void search_direct(const ColumnTables<T>& tables, int64_t column,
-                                                 Group<T, kCount>& group) {
+[[gnu::always_inline]] inline void search_direct(const Work<T>& work, int64_t column, Group<T, kCount>& group) {
   using S = Simd<T>;
-  const T* values = tables.values + column * tables.rows * S::kLanes;
+  // In runs all lanes of a column share one latent: its codes are read from the codebook itself.
+  const bool runs = !work.traversal.periodic;
+  const T* codes = static_cast<const T*>(work.codebook.values) + column * work.codebook.stride;
+  const T* table = work.columns.values + column * work.columns.rows * S::kLanes;
+  const int64_t rows = runs ? work.codebook.num_codes(column) : work.columns.rows;
+  const auto value_of = [&](int64_t row) { return runs ? S::splat(codes[row]) : S::load(table + row * S::kLanes); };
   typename S::V smallest[kCount];
 #pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
-    group.quantized[n] = S::load(values);
+    group.quantized[n] = value_of(0);
     group.index[n] = typename S::I{};
     smallest[n] = S::absolute(group.z[n] - group.quantized[n]);
   }
-  for (int64_t row = 1; row < tables.rows; ++row) {
-    const auto value = S::load(values + row * S::kLanes);
+  for (int64_t row = 1; row < rows; ++row) {
+    const auto value = value_of(row);
     const auto index = S::splat(static_cast<typename S::Index>(row));
 #pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
@@ -398,7 +402,7 @@ template <class T, Search kSearch, int kCount>
 [[gnu::always_inline]] inline bool search(const Work<T>& work, int64_t column, int64_t lanes, Group<T, kCount>& group) {
   using S = Simd<T>;
   if constexpr (kSearch == Search::kDirect) {
-    search_direct<T, kCount>(work.columns, column, group);
+    search_direct<T, kCount>(work, column, group);
     return false;
   } else {
     const auto bound = S::load(work.columns.bounds + column * S::kLanes);
@@ -411,8 +415,7 @@ template <class T, Search kSearch, int kCount>
       return false;
 #pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
-      const Match<T> match =
-          search_exactly<T>(work, column, lanes, group.z[n], {group.quantized[n], group.index[n]});
+      const Match<T> match = search_exactly<T>(work, column, lanes, group.z[n], {group.quantized[n], group.index[n]});
       group.quantized[n] = match.quantized;
       group.index[n] = match.index;
     }
@@ -432,8 +435,7 @@ template <class Kernel>
 inline void groups(Kernel& kernel, const Span& span) {
   int64_t position = 0;
   if (span.lanes == Kernel::S::kLanes) {
-    for (; position + kUnroll <= span.count; position += kUnroll)
-      kernel.template group<kUnroll, true>(span, position);
+    for (; position + kUnroll <= span.count; position += kUnroll) kernel.template group<kUnroll, true>(span, position);
   }
   for (; position < span.count; ++position) kernel.template group<1, false>(span, position);
 }
@@ -460,8 +462,7 @@ struct Forward {
     search<T, kSearch, kCount>(work, span.column, lanes, group);
 #pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
-      if (a.quantized)
-        store_part(static_cast<E*>(a.quantized) + offsets[n], group.quantized[n], lanes, work.stream);
+      if (a.quantized) store_part(static_cast<E*>(a.quantized) + offsets[n], group.quantized[n], lanes, work.stream);
       if (a.indices) store_indices<T>(a.indices, a.index_type, offsets[n], group.index[n], lanes, work.stream);
       const auto residual = only_valid<T>(group.z[n] - group.quantized[n], lanes);
       squares += residual * residual;
@@ -541,7 +542,7 @@ struct Backward {
       store_part(static_cast<E*>(a.grad_z) + offsets[n], gradient, lanes, work.stream);
     }
     if (!work.residual_sums) return;
-    if (kSearch == Search::kCells || exact) {
+    if (!work.scratch || exact) {
 #pragma GCC unroll 4
       for (int n = 0; n < kCount; ++n) add_by_index(span.column, lanes, residual[n], group.index[n]);
     } else {
@@ -566,12 +567,11 @@ struct Backward {
   }
 
   void run() {
-    const bool by_row = work.residual_sums && kSearch != Search::kCells;
+    const bool by_row = work.scratch != nullptr;
     const bool periodic = work.traversal.periodic;
     int64_t accumulated = 0;
     for_each_span<T>(
-        work,
-        [&](const Span& span) { groups(*this, span); },
+        work, [&](const Span& span) { groups(*this, span); },
         [&](int64_t begin, int64_t end, int64_t vectors) {
           accumulated += vectors;
           if (!by_row || (periodic && accumulated < kMaxAccumulations)) return;

@@ -25,7 +25,8 @@ enum class Search {
 
 // A column is a group of `lanes` neighbouring elements whose latents are the same wherever the column occurs. Row r of
 // a column's table holds, per lane, a code and, for kThresholds, its index in the codebook (-1 in padding) and the
-// smallest z that belongs to it rather than to row r - 1. For kDirect, row r is code r and padding is NaN.
+// smallest z that belongs to it rather than to row r - 1. For kDirect, row r is code r and padding is NaN; only
+// periodic traversals need its table.
 template <class T>
 struct ColumnTables {
   using Index = typename VectorIndex<T>::type;
@@ -46,7 +47,7 @@ struct CellTables {
   int64_t first_step;    // largest power of two <= the largest number of boundaries in one cell; 0 if none
   const Index* starts;   // [codebook rows, cells]
   const T* values;       // [codebook rows, stride]
-  const T* thresholds;   // [codebook rows, stride], padded with infinity
+  const T* thresholds;   // [codebook rows, stride], padded with NaN, which no z reaches
   const Index* indices;  // [codebook rows, stride]
   const T* origins;      // [codebook rows]
   const T* scales;       // [codebook rows]
@@ -91,7 +92,7 @@ struct BackwardWork : Work<T> {
   T residual_scale;
   // Sums of (z - code) per code, [rows, stride]; null when no codebook gradient is wanted.
   double* residual_sums;
-  // [columns, rows, lanes] of kDirect and kThresholds, zero on entry.
+  // Sums per table row and lane, [columns, rows, lanes], zero on entry; null where they would cost more than they save.
   T* scratch;
 };
 

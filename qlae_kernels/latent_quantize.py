@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,17 @@ from torch.nn import Parameter
 
 from qlae_kernels import latent_quantize_reference
 from qlae_kernels.backends import select_backend
-from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Backend, Problem, is_dense, layout_of
+from qlae_kernels.problem import (
+    INDEX_DTYPES,
+    VALUE_DTYPES,
+    Backward,
+    Forward,
+    Problem,
+    as_dense,
+    has_strides_of,
+    layout_of,
+    memory_order,
+)
 
 _PLAIN_TENSORS = (Tensor, Parameter)
 
@@ -70,16 +81,28 @@ def latent_quantize(
         ValueError: shapes, devices or levels do not fit, or `index_dtype` is too small.
         RuntimeError: the named backend is not available; the message says why and what to do.
     """
-    arguments = (quantization_weight, commitment_weight, index_dtype, return_indices, backend)
-    if levels is not None and type(levels) is not tuple:
-        levels = tuple(levels)
+    if levels is not None:
+        levels = _as_levels(levels)
     if torch.compiler.is_compiling() or type(z) not in _PLAIN_TENSORS or type(codebook) not in _PLAIN_TENSORS:
         from qlae_kernels.latent_quantize_ops import latent_quantize_op
 
         check_tensors(z, codebook)
-        quantized, indices, loss = latent_quantize_op(z, codebook, levels, channel_dim, *arguments)
+        quantized, indices, loss = latent_quantize_op(
+            z,
+            codebook,
+            levels,
+            channel_dim,
+            quantization_weight,
+            commitment_weight,
+            index_dtype,
+            return_indices,
+            backend,
+        )
         return LatentQuantizerOutput(quantized, indices if return_indices else None, loss)
-    key = (
+    contiguous = z.is_contiguous() and not z.is_neg()
+    if not contiguous:
+        z = as_dense(z)
+    call = (_cached_call if contiguous else make_call)(
         z.shape,
         z.dtype,
         z.device,
@@ -88,58 +111,24 @@ def latent_quantize(
         codebook.device,
         levels,
         channel_dim,
-        *arguments,
+        quantization_weight,
+        commitment_weight,
+        index_dtype,
+        return_indices,
+        backend,
+        None if contiguous else memory_order(z),
     )
-    if z.is_contiguous():
-        call = _cached_call(*key)
-    else:
-        z = z if is_dense(z) else z.clone()
-        call = make_call(*key, layout=layout_of(z, channel_dim % z.dim()))
     return LatentQuantizerOutput._make(LatentQuantizeFunction.apply(z, codebook, call))
 
 
 class Call(NamedTuple):
-    """A checked call: the backend that serves it and the problem that it solves."""
+    """A checked call: the problem, and the two functions of the backend that solve it."""
 
-    backend: Backend
     problem: Problem
-
-    def forward(self, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Quantize a dense z."""
-        return self.backend.forward(z, self.compute_codebook(codebook), self.problem)
-
-    def backward(
-        self,
-        z: Tensor,
-        codebook: Tensor,
-        grad_quantized: Tensor | None,
-        grad_loss: Tensor | None,
-        need_grad_z: bool,
-        need_grad_codebook: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of z and of the codebook, each in its own dtype; None where not needed or without a gradient."""
-        if grad_loss is None:
-            # Straight-through alone: z receives the gradient of `quantized` as it is, the codebook none.
-            return grad_quantized if need_grad_z else None, None
-        codes = self.compute_codebook(codebook)
-        if torch.is_grad_enabled():
-            backend: Backend = latent_quantize_reference
-        else:
-            backend = self.backend
-            if grad_quantized is not None and grad_quantized.stride() != z.stride():
-                grad_quantized = torch.empty_like(z).copy_(grad_quantized)
-        grad_z, grad_codebook = backend.backward(
-            z, codes, grad_quantized, grad_loss, self.problem, need_grad_z, need_grad_codebook
-        )
-        if grad_codebook is not None and grad_codebook.dtype is not codebook.dtype:
-            grad_codebook = grad_codebook.to(codebook.dtype)
-        return grad_z, grad_codebook
-
-    def compute_codebook(self, codebook: Tensor) -> Tensor:
-        """The codebook, contiguous and in the compute dtype."""
-        if codebook.dtype is not self.problem.compute_dtype:
-            codebook = codebook.to(self.problem.compute_dtype)
-        return codebook if codebook.is_contiguous() else codebook.contiguous()
+    forward: Forward
+    backward: Backward
+    # False where the codebook has another dtype than the kernels compute in.
+    codebook_fits: bool
 
 
 class LatentQuantizeFunction(torch.autograd.Function):
@@ -150,7 +139,7 @@ class LatentQuantizeFunction(torch.autograd.Function):
         ctx.save_for_backward(z, codebook)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return call.forward(z, codebook)
+        return call.forward(z, for_kernels(codebook, call))
 
     @staticmethod
     def backward(
@@ -158,10 +147,41 @@ class LatentQuantizeFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         z, codebook = ctx.saved_tensors
         need_grad_z, need_grad_codebook, _ = ctx.needs_input_grad
-        return (
-            *ctx.call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
-            None,
-        )
+        if grad_loss is None:
+            # Straight-through alone: z receives the gradient of `quantized` as it is, the codebook none.
+            return grad_quantized if need_grad_z else None, None, None
+        gradients = gradients_of(ctx.call, z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
+        return (*gradients, None)
+
+
+def for_kernels(codebook: Tensor, call: Call) -> Tensor:
+    """The codebook, contiguous and in the compute dtype."""
+    if call.codebook_fits and codebook.is_contiguous() and not codebook.is_neg():
+        return codebook
+    return codebook.to(call.problem.compute_dtype).resolve_neg().contiguous()
+
+
+def gradients_of(
+    call: Call,
+    z: Tensor,
+    codebook: Tensor,
+    grad_quantized: Tensor | None,
+    grad_loss: Tensor,
+    need_grad_z: bool = True,
+    need_grad_codebook: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a dense z and of the codebook, each in its own dtype; None where not needed."""
+    backward = call.backward
+    if torch.is_grad_enabled():
+        # A gradient of the gradient is wanted: plain PyTorch records it.
+        backward = latent_quantize_reference.prepare(call.problem)[1]
+    elif grad_quantized is not None and not has_strides_of(grad_quantized, z):
+        grad_quantized = torch.empty_like(z).copy_(grad_quantized)
+    codes = for_kernels(codebook, call)
+    grad_z, grad_codebook = backward(z, codes, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
+    if not call.codebook_fits and grad_codebook is not None:
+        grad_codebook = grad_codebook.to(codebook.dtype)
+    return grad_z, grad_codebook
 
 
 def check_tensors(z: Tensor, codebook: Tensor) -> None:
@@ -185,11 +205,11 @@ def make_call(
     index_dtype: torch.dtype,
     return_indices: bool,
     backend: str,
-    layout: tuple[int, int, int] | None = None,
+    order: list[int] | None = None,
 ) -> Call:
     """Check everything that `latent_quantize` promises to check, and choose the backend.
 
-    `layout` is (outer, num_latents, inner) in memory order where z is not contiguous.
+    `order` holds z's dimensions from the slowest to the fastest in memory; None where z is contiguous.
     """
     for name, value in (("z", dtype), ("codebook", codebook_dtype)):
         if value not in VALUE_DTYPES:
@@ -207,11 +227,13 @@ def make_call(
     if device != codebook_device:
         raise ValueError(f"z and codebook must be on one device; got {device} and {codebook_device}")
     check_index_dtype(index_dtype, codebook_shape[1])
-    if layout is None:
-        layout = layout_of(torch.empty(shape, device="meta"), channel_dim)
+    layout = layout_of(shape, channel_dim, order)
     problem = Problem(
         *layout,
+        size=math.prod(layout),
         channel_dim=channel_dim,
+        rows=codebook_shape[0],
+        stride=codebook_shape[1],
         levels=_levels_tensor(levels, codebook_shape),
         quantization_weight=float(quantization_weight),
         commitment_weight=float(commitment_weight),
@@ -219,7 +241,8 @@ def make_call(
         index_dtype=index_dtype,
         return_indices=return_indices,
     )
-    return Call(select_backend(backend, device.type), problem)
+    forward, backward = select_backend(backend, device.type).prepare(problem)
+    return Call(problem, forward, backward, codebook_dtype is problem.compute_dtype)
 
 
 _cached_call = lru_cache(maxsize=1024)(make_call)
@@ -232,8 +255,15 @@ def check_index_dtype(index_dtype: torch.dtype, levels: int) -> None:
     largest = torch.iinfo(index_dtype).max
     if levels - 1 > largest:
         raise ValueError(
-            f"index_dtype {_short(index_dtype)} holds indices up to {largest}, too few for {levels} codes; use a wider one"
+            f"index_dtype {_short(index_dtype)} holds indices up to {largest}, too few for {levels} codes; "
+            "use a wider one"
         )
+
+
+def _as_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(levels, Sequence) or not all(isinstance(count, int) for count in levels):
+        raise TypeError(f"levels must be a sequence of whole numbers, one per latent, or None; got {levels!r}")
+    return tuple(levels)
 
 
 def _levels_tensor(levels: tuple[int, ...] | None, codebook_shape: torch.Size) -> Tensor | None:
@@ -242,7 +272,8 @@ def _levels_tensor(levels: tuple[int, ...] | None, codebook_shape: torch.Size) -
     rows, columns = codebook_shape
     if len(levels) != rows or not all(1 <= count <= columns for count in levels):
         raise ValueError(
-            f"levels must be {rows} numbers of 1..{columns} for a codebook of shape {tuple(codebook_shape)}; got {levels}"
+            f"levels must be {rows} numbers of 1..{columns} for a codebook of shape {tuple(codebook_shape)}; "
+            f"got {levels}"
         )
     return torch.tensor(levels, dtype=torch.int64)
 

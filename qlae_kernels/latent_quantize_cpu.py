@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Problem
+from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Backward, Forward, Problem
 
 # torch comes first, so that its OpenMP runtime serves the kernels too.
 try:
@@ -90,67 +90,76 @@ def cached_bytes() -> int:
     return _native.idle_bytes()
 
 
-def _empty_like(z: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    """An uninitialised tensor with z's shape and strides."""
-    if size * dtype.itemsize < _POOLED_BYTES:
-        return torch.empty_like(z, dtype=dtype)
-    memory = torch.frombuffer(_native.PooledBuffer(size * dtype.itemsize), dtype=dtype)
+def _pooled_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor with z's shape and strides, its memory from the pool."""
+    dtype = dtype or z.dtype
+    memory = torch.frombuffer(_native.PooledBuffer(z.numel() * dtype.itemsize), dtype=dtype)
     return memory.as_strided(z.shape, z.stride())
 
 
-def forward(z: Tensor, codebook: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See `qlae_kernels.problem.Backend.forward`."""
-    quantized = _empty_like(z, problem.value_dtype, problem.size)
-    indices = _empty_like(z, problem.index_dtype, problem.size) if problem.return_indices else None
-    loss = codebook.new_empty(())
-    _native.latent_quantize_forward_cpu(
+def prepare(problem: Problem) -> tuple[Forward, Backward]:
+    """See `qlae_kernels.problem.Backend.prepare`."""
+    # The address of the levels is good for as long as `problem` lives, which its `Call` sees to.
+    shapes = (
         _VALUE_TYPE[problem.value_dtype],
         problem.outer,
         problem.num_latents,
         problem.inner,
-        codebook.data_ptr(),
-        codebook.size(0),
-        codebook.size(1),
+        problem.rows,
+        problem.stride,
         0 if problem.levels is None else problem.levels.data_ptr(),
-        z.data_ptr(),
-        quantized.data_ptr(),
-        0 if indices is None else indices.data_ptr(),
-        _INDEX_TYPE[problem.index_dtype],
-        loss.data_ptr(),
-        problem.quantization_weight + problem.commitment_weight,
-        torch.get_num_threads(),
     )
-    return quantized, indices, loss
+    index_dtype = problem.index_dtype
+    index_type = _INDEX_TYPE[index_dtype]
+    return_indices = problem.return_indices
+    quantization_weight = problem.quantization_weight
+    commitment_weight = problem.commitment_weight
+    scalar = torch.empty((), dtype=problem.compute_dtype)
+    # Allocating like a tensor is faster than from a size and a dtype.
+    empty_like = torch.empty_like
+    value_like = _pooled_like if problem.size * problem.value_dtype.itemsize >= _POOLED_BYTES else empty_like
+    index_like = _pooled_like if problem.size * index_dtype.itemsize >= _POOLED_BYTES else empty_like
+    get_num_threads = torch.get_num_threads
 
+    def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        quantized = value_like(z)
+        indices = index_like(z, dtype=index_dtype) if return_indices else None
+        loss = empty_like(scalar)
+        _native.latent_quantize_forward_cpu(
+            *shapes,
+            codebook.data_ptr(),
+            z.data_ptr(),
+            quantized.data_ptr(),
+            indices.data_ptr() if return_indices else 0,
+            index_type,
+            loss.data_ptr(),
+            quantization_weight + commitment_weight,
+            get_num_threads(),
+        )
+        return quantized, indices, loss
 
-def backward(
-    z: Tensor,
-    codebook: Tensor,
-    grad_quantized: Tensor | None,
-    grad_loss: Tensor,
-    problem: Problem,
-    need_grad_z: bool,
-    need_grad_codebook: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """See `qlae_kernels.problem.Backend.backward`."""
-    grad_z = _empty_like(z, problem.value_dtype, problem.size) if need_grad_z else None
-    grad_codebook = torch.empty_like(codebook) if need_grad_codebook else None
-    _native.latent_quantize_backward_cpu(
-        _VALUE_TYPE[problem.value_dtype],
-        problem.outer,
-        problem.num_latents,
-        problem.inner,
-        codebook.data_ptr(),
-        codebook.size(0),
-        codebook.size(1),
-        0 if problem.levels is None else problem.levels.data_ptr(),
-        z.data_ptr(),
-        0 if grad_quantized is None else grad_quantized.data_ptr(),
-        grad_loss.data_ptr(),
-        0 if grad_z is None else grad_z.data_ptr(),
-        0 if grad_codebook is None else grad_codebook.data_ptr(),
-        problem.quantization_weight,
-        problem.commitment_weight,
-        torch.get_num_threads(),
-    )
-    return grad_z, grad_codebook
+    def backward(
+        z: Tensor,
+        codebook: Tensor,
+        grad_quantized: Tensor | None,
+        grad_loss: Tensor,
+        need_grad_z: bool,
+        need_grad_codebook: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        grad_z = value_like(z) if need_grad_z else None
+        grad_codebook = empty_like(codebook) if need_grad_codebook else None
+        _native.latent_quantize_backward_cpu(
+            *shapes,
+            codebook.data_ptr(),
+            z.data_ptr(),
+            0 if grad_quantized is None else grad_quantized.data_ptr(),
+            grad_loss.data_ptr(),
+            grad_z.data_ptr() if need_grad_z else 0,
+            grad_codebook.data_ptr() if need_grad_codebook else 0,
+            quantization_weight,
+            commitment_weight,
+            get_num_threads(),
+        )
+        return grad_z, grad_codebook
+
+    return forward, backward

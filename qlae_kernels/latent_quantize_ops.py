@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlae_kernels.latent_quantize import Call, make_call
-from qlae_kernels.problem import is_dense, layout_of
+from qlae_kernels.latent_quantize import Call, for_kernels, gradients_of, make_call
+from qlae_kernels.problem import as_dense, compute_dtype_of, memory_order
 
 
-def _call(z: Tensor, codebook: Tensor, levels: list[int] | None, channel_dim: int, *arguments: Any) -> Call:
-    layout = layout_of(z, channel_dim % z.dim()) if -z.dim() <= channel_dim < z.dim() else None
+def _call(z: Tensor, codebook: Tensor, levels: list[int] | None, *arguments: Any) -> Call:
     return make_call(
         z.shape,
         z.dtype,
@@ -21,14 +20,9 @@ def _call(z: Tensor, codebook: Tensor, levels: list[int] | None, channel_dim: in
         codebook.dtype,
         codebook.device,
         None if levels is None else tuple(levels),
-        channel_dim,
         *arguments,
-        layout=layout,
+        memory_order(z),
     )
-
-
-def _dense(z: Tensor) -> Tensor:
-    return z if is_dense(z) else z.clone()
 
 
 @torch.library.custom_op("qlae::latent_quantize", mutates_args=())
@@ -44,7 +38,7 @@ def latent_quantize_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`latent_quantize` as an op; without `return_indices` the indices are empty."""
-    z = _dense(z)
+    z = as_dense(z)
     call = _call(
         z,
         codebook,
@@ -56,7 +50,7 @@ def latent_quantize_op(
         return_indices,
         backend,
     )
-    quantized, indices, loss = call.forward(z, codebook)
+    quantized, indices, loss = call.forward(z, for_kernels(codebook, call))
     return quantized, z.new_empty(0, dtype=index_dtype) if indices is None else indices, loss
 
 
@@ -72,9 +66,8 @@ def _(
     return_indices: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
     indices = torch.empty_like(z, dtype=index_dtype) if return_indices else z.new_empty(0, dtype=index_dtype)
-    return torch.empty_like(z), indices, z.new_empty((), dtype=compute_dtype)
+    return torch.empty_like(z), indices, z.new_empty((), dtype=compute_dtype_of(z.dtype))
 
 
 @torch.library.custom_op("qlae::latent_quantize_backward", mutates_args=())
@@ -90,10 +83,9 @@ def latent_quantize_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of z and of the codebook, each in its own dtype."""
-    z = _dense(z)
+    z = as_dense(z)
     call = _call(z, codebook, levels, channel_dim, quantization_weight, commitment_weight, torch.int64, False, backend)
-    grad_z, grad_codebook = call.backward(z, codebook, grad_quantized, grad_loss, True, True)
-    return grad_z, grad_codebook
+    return gradients_of(call, z, codebook, grad_quantized, grad_loss)
 
 
 @latent_quantize_backward_op.register_fake

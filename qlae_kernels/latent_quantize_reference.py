@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from qlae_kernels.problem import Problem
+from qlae_kernels.problem import Backward, Forward, Problem
 
 DEVICE_TYPES: tuple[str, ...] = ("cpu", "cuda", "xpu", "mps", "meta")
 
@@ -25,7 +27,7 @@ def nearest_indices(z: Tensor, codebook: Tensor, problem: Problem) -> Tensor:
     z's shape.
     """
     channel_last = z.movedim(problem.channel_dim, -1)
-    rows = channel_last.reshape(-1, problem.num_latents, 1)  # [N, D, 1]
+    rows = channel_last.reshape(problem.size // max(1, problem.num_latents), problem.num_latents, 1)  # [N, D, 1]
     padding = None
     if problem.levels is not None:
         codes = torch.arange(codebook.size(1), device=z.device)
@@ -58,7 +60,7 @@ def quantize(z: Tensor, codebook: Tensor, problem: Problem) -> tuple[Tensor, Ten
 
 
 def forward(z: Tensor, codebook: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See `qlae_kernels.problem.Backend.forward`."""
+    """Quantize z; see `qlae_kernels.problem.Forward`."""
     indices, codes = quantize(z, codebook, problem)
     squared_error = (z.to(problem.compute_dtype) - codes).square().sum()
     loss = (problem.quantization_weight + problem.commitment_weight) * squared_error / max(1, problem.size)
@@ -73,11 +75,11 @@ def backward(
     codebook: Tensor,
     grad_quantized: Tensor | None,
     grad_loss: Tensor,
+    need_grad_z: bool,
+    need_grad_codebook: bool,
     problem: Problem,
-    need_grad_z: bool = True,
-    need_grad_codebook: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See `qlae_kernels.problem.Backend.backward`; itself differentiable in every tensor argument."""
+    """Gradients; see `qlae_kernels.problem.Backward`. Itself differentiable in every tensor argument."""
     indices, codes = quantize(z, codebook, problem)
     residual = z.to(problem.compute_dtype) - codes
     scale = 2.0 / max(1, problem.size) * grad_loss
@@ -88,9 +90,14 @@ def backward(
             grad_z = grad_quantized.to(problem.compute_dtype) + grad_z
         grad_z = grad_z.to(z.dtype)
     if need_grad_codebook:
-        rows = torch.arange(problem.num_latents, device=z.device) if codebook.size(0) > 1 else 0
-        position = indices.movedim(problem.channel_dim, -1) + codebook.size(1) * rows
+        rows = torch.arange(problem.num_latents, device=z.device) if problem.rows > 1 else 0
+        position = indices.movedim(problem.channel_dim, -1) + problem.stride * rows
         sums = torch.zeros(codebook.numel(), dtype=problem.compute_dtype, device=z.device)
         sums = sums.index_add(0, position.flatten(), residual.movedim(problem.channel_dim, -1).flatten())
         grad_codebook = -scale * problem.quantization_weight * sums.view_as(codebook)
     return grad_z, grad_codebook
+
+
+def prepare(problem: Problem) -> tuple[Forward, Backward]:
+    """See `qlae_kernels.problem.Backend.prepare`."""
+    return partial(forward, problem=problem), partial(backward, problem=problem)

@@ -15,16 +15,19 @@ INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """Latents seen as [outer, num_latents, inner] in memory order, and what to do with them.
+    """Latents seen as [outer, num_latents, inner] in memory order, `size` in all, and what to do with them.
 
     `levels` holds the number of codes per latent (int64 [num_latents], on the CPU), or None where all latents use
-    every column of the codebook. `channel_dim` counts from 0.
+    every column of the codebook, which has shape [rows, stride]. `channel_dim` counts from 0.
     """
 
     outer: int
     num_latents: int
     inner: int
+    size: int
     channel_dim: int
+    rows: int
+    stride: int
     levels: Tensor | None
     quantization_weight: float
     commitment_weight: float
@@ -33,18 +36,40 @@ class Problem:
     return_indices: bool
 
     @property
-    def size(self) -> int:
-        """The number of elements of z."""
-        return self.outer * self.num_latents * self.inner
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         """float64 for float64, float32 for all others."""
-        return torch.float64 if self.value_dtype is torch.float64 else torch.float32
+        return compute_dtype_of(self.value_dtype)
+
+
+def compute_dtype_of(value_dtype: torch.dtype) -> torch.dtype:
+    """What latents of `value_dtype` are computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if value_dtype is torch.float64 else torch.float32
+
+
+class Forward(Protocol):
+    """Quantizes a dense z with a contiguous codebook of the compute dtype."""
+
+    def __call__(self, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return quantized (z's dtype), indices or None, and the loss (compute dtype, no dimensions)."""
+
+
+class Backward(Protocol):
+    """Gradients for the same z and codebook; `grad_quantized` (None counts as zero) is stored as z is."""
+
+    def __call__(
+        self,
+        z: Tensor,
+        codebook: Tensor,
+        grad_quantized: Tensor | None,
+        grad_loss: Tensor,
+        need_grad_z: bool,
+        need_grad_codebook: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of z (z's dtype) and of the codebook (compute dtype), None where not needed."""
 
 
 class Backend(Protocol):
-    """A module that carries out the op `latent_quantize`. z and its gradients are dense in one memory order."""
+    """A module that carries out the op `latent_quantize`."""
 
     DEVICE_TYPES: tuple[str, ...]
 
@@ -53,20 +78,8 @@ class Backend(Protocol):
         """Why this backend cannot serve here and what to do about it; None if it can."""
 
     @staticmethod
-    def forward(z: Tensor, codebook: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return quantized (z's dtype), indices or None, and the loss (compute dtype, no dimensions)."""
-
-    @staticmethod
-    def backward(
-        z: Tensor,
-        codebook: Tensor,
-        grad_quantized: Tensor | None,
-        grad_loss: Tensor,
-        problem: Problem,
-        need_grad_z: bool,
-        need_grad_codebook: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of z (z's dtype) and of the codebook (compute dtype)."""
+    def prepare(problem: Problem) -> tuple[Forward, Backward]:
+        """The two functions that solve `problem`; all that depends on the problem alone is worked out here."""
 
 
 def memory_order(z: Tensor) -> list[int]:
@@ -74,14 +87,22 @@ def memory_order(z: Tensor) -> list[int]:
     return sorted(range(z.dim()), key=lambda dim: (-z.stride(dim), -z.size(dim)))
 
 
-def is_dense(z: Tensor) -> bool:
-    """True where z's elements fill one block of memory without gaps or overlaps, in any order of dimensions."""
-    return z.is_contiguous() or z.permute(memory_order(z)).is_contiguous()
+def as_dense(z: Tensor) -> Tensor:
+    """Return z, or a copy where its elements do not fill one block of memory or are stored negated."""
+    z = z.resolve_neg()
+    dense = z.is_contiguous() or z.permute(memory_order(z)).is_contiguous()
+    return z if dense else z.clone()
 
 
-def layout_of(z: Tensor, channel_dim: int) -> tuple[int, int, int]:
-    """The sizes (outer, num_latents, inner) of a dense z around `channel_dim`, in memory order."""
-    order = list(range(z.dim())) if z.is_contiguous() else memory_order(z)
+def has_strides_of(other: Tensor, z: Tensor) -> bool:
+    """True where two tensors of one shape store the same elements at the same places."""
+    same = (other.is_contiguous() and z.is_contiguous()) or other.stride() == z.stride()
+    return same and not other.is_neg()
+
+
+def layout_of(shape: torch.Size, channel_dim: int, order: list[int] | None) -> tuple[int, int, int]:
+    """The sizes (outer, num_latents, inner) around `channel_dim` in memory order; None is the order of dimensions."""
+    order = list(range(len(shape))) if order is None else order
     position = order.index(channel_dim)
-    sizes = [z.size(dim) for dim in order]
+    sizes = [shape[dim] for dim in order]
     return math.prod(sizes[:position]), sizes[position], math.prod(sizes[position + 1 :])
