@@ -285,15 +285,17 @@ struct Group {
   typename Simd<T>::I index[kCount];
 };
 
-template <class T, int kCount>
+// In runs all lanes of a column share one latent, whose codes are read from the codebook itself.
+template <class T, int kCount, bool kRuns>
 [[gnu::always_inline]] inline void search_direct(const Work<T>& work, int64_t column, Group<T, kCount>& group) {
   using S = Simd<T>;
-  // In runs all lanes of a column share one latent: its codes are read from the codebook itself.
-  const bool runs = !work.traversal.periodic;
   const T* codes = static_cast<const T*>(work.codebook.values) + column * work.codebook.stride;
   const T* table = work.columns.values + column * work.columns.rows * S::kLanes;
-  const int64_t rows = runs ? work.codebook.num_codes(column) : work.columns.rows;
-  const auto value_of = [&](int64_t row) { return runs ? S::splat(codes[row]) : S::load(table + row * S::kLanes); };
+  const int64_t rows = kRuns ? work.codebook.num_codes(column) : work.columns.rows;
+  const auto value_of = [&](int64_t row) {
+    if constexpr (kRuns) return S::splat(codes[row]);
+    return S::load(table + row * S::kLanes);
+  };
   typename S::V smallest[kCount];
 #pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
@@ -402,7 +404,11 @@ template <class T, Search kSearch, int kCount>
 [[gnu::always_inline]] inline bool search(const Work<T>& work, int64_t column, int64_t lanes, Group<T, kCount>& group) {
   using S = Simd<T>;
   if constexpr (kSearch == Search::kDirect) {
-    search_direct<T, kCount>(work, column, group);
+    if (work.traversal.periodic) {
+      search_direct<T, kCount, false>(work, column, group);
+    } else {
+      search_direct<T, kCount, true>(work, column, group);
+    }
     return false;
   } else {
     const auto bound = S::load(work.columns.bounds + column * S::kLanes);
