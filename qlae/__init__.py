@@ -1,0 +1,1 @@
+"""Quantized-latent autoencoders: training, data, metrics and the `qlae` command."""

@@ -1,0 +1,299 @@
+"""The `qlae` command.
+
+Commands import what they need when they run, so that `--help` need not wait for torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+
+from qlae.config import TrainConfig, differences, option, preset, without
+from qlae.errors import UserError
+from qlae.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from qlae.data import Dataset
+    from qlae.evaluation import Evaluation
+    from qlae.methods import Method
+    from qlae.training import Outcome
+
+DESCRIPTION = "Quantized-latent autoencoders: train them, score them, look at them."
+
+RunArgument = Annotated[Positional[Path], arg(metavar="RUN")]
+DeviceOption = Annotated[str, arg(metavar="{auto,cpu,cuda}")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model; configuration, metrics, checkpoint and figures go into a run folder.
+
+    Without options: a quantized-latent autoencoder on rooms3d, minutes on two CPU cores.
+    """
+
+    config: OmitArgPrefixes[TrainConfig]
+    preset: Annotated[str, arg(metavar="{default,paper}")] = "default"
+    """Values for all options that are not given: `default`, or `paper` for those of the publication. This help shows
+    those of the preset that is given with it."""
+    output: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("runs/DATA-METHOD-seedN"))] = None
+    """The new run's folder."""
+    resume: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("a new run"))] = None
+    """Go on with the run in this folder, with its own options; --steps may be raised."""
+    time_limit: Annotated[float | None, arg(metavar="MINUTES", help_behavior_hint=without("none"))] = None
+    """End by this time, evaluation and figures included; --resume goes on later."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a trained run on the held-out images."""
+
+    run: RunArgument
+    """Folder that `qlae train` wrote."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON instead of a table."""
+    device: DeviceOption = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Traverse:
+    """Draw one held-out image with each latent in turn set to each of its codes."""
+
+    run: RunArgument
+    """Folder that `qlae train` wrote."""
+    image: int = 0
+    """Which of the held-out images, from 0."""
+    output: Annotated[
+        Path | None,
+        arg(metavar="FILE", help_behavior_hint=without("traversal-image-N.png among the run's figures")),
+    ] = None
+    """Picture to write."""
+    device: DeviceOption = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Say which data sets there are, and whether their files are here."""
+
+    action: Positional[Literal["list"]] = "list"
+    """What to do."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, device, threads, quantizer backends and data sets."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code.
+
+    0: done. 1: training diverged. 2: a mistake in what was asked for. 128 + N: stopped by signal N.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(_parse(arguments))
+    except UserError as error:
+        print(f"qlae: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qlae: stopped", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: list[str]) -> object:
+    defaults = _train_defaults(arguments)
+    commands = (
+        Annotated[Train, subcommand("train", default=defaults)]
+        | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Traverse, subcommand("traverse")]
+        | Annotated[Data, subcommand("data")]
+        | Annotated[Info, subcommand("info")]
+    )
+    return tyro.cli(commands, prog="qlae", description=DESCRIPTION, args=arguments)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    preset: str = "default"
+    resume: Path | None = None
+
+
+def _train_defaults(arguments: list[str]) -> Train:
+    """Takes the options of `train` from the preset, or from the run that goes on."""
+    origin, _ = tyro.cli(_Origin, args=arguments, return_unknown_args=True, add_help=False)
+    if origin.resume is None:
+        return Train(preset(origin.preset), preset=origin.preset)
+    return Train(RunFolder.open(origin.resume)[1], preset=origin.preset)
+
+
+def _run(command: object) -> int:
+    match command:
+        case Train():
+            return _train(command)
+        case Evaluate():
+            return _evaluate(command)
+        case Traverse():
+            return _traverse(command)
+        case Data():
+            return _data(command)
+        case _:
+            return _info()
+
+
+def _train(command: Train) -> int:
+    from torch import OutOfMemoryError
+
+    from qlae.training import DivergedError, resume, train
+
+    try:
+        if command.resume is None:
+            path = command.output or default_output(command.config)
+            outcome = train(command.config, path, time_limit=command.time_limit)
+        else:
+            path = command.resume
+            _check_resume(command)
+            outcome = resume(command.config, path, time_limit=command.time_limit)
+    except DivergedError as error:
+        print(f"qlae: error: {error}", file=sys.stderr)
+        return 1
+    except OutOfMemoryError as error:
+        raise UserError("the GPU's memory is not enough: give a smaller --batch-size") from error
+    return _report(path, outcome)
+
+
+def _report(path: Path, outcome: "Outcome") -> int:
+    if outcome.reason != "finished":
+        print(f"{outcome.reason} after {outcome.step:,} steps; go on with: qlae train --resume {path}")
+    if outcome.evaluation is None:
+        return 128 + outcome.signal
+    print(score_table(outcome.evaluation))
+    print(f"run      {path}")
+    print(f"figures  {path / 'figures'}")
+    return 0
+
+
+def _check_resume(command: Train) -> None:
+    if command.output is not None:
+        raise UserError("--output and --resume exclude each other: a resumed run stays in its folder")
+    if command.preset != "default":
+        raise UserError("--preset and --resume exclude each other: a resumed run keeps its options")
+    _, saved = RunFolder.open(command.resume)
+    for name in differences(saved, command.config):
+        raise UserError(
+            f"{option(name)} {getattr(command.config, name)}: the run in {command.resume} has "
+            f"{getattr(saved, name)} and keeps it; leave the option out, or start a new run without --resume"
+        )
+
+
+def default_output(config: TrainConfig) -> Path:
+    """runs/DATA-METHOD-seedN, DATA being the set's name or the folder's."""
+    return Path("runs") / f"{Path(config.data).resolve().name}-{config.method}-seed{config.seed}"
+
+
+def _evaluate(command: Evaluate) -> int:
+    import json
+
+    _, _, evaluation = _evaluated(command.run, command.device)
+    print(json.dumps(evaluation.summary(), indent=2) if command.json else score_table(evaluation))
+    return 0
+
+
+def _traverse(command: Traverse) -> int:
+    from qlae.data import held_out_split
+    from qlae.evaluation import traverse
+    from qlae.figures import plot_traversals, told_factors
+
+    dataset, method, evaluation = _evaluated(command.run, command.device)
+    _, index = held_out_split(len(dataset))
+    if not 0 <= command.image < len(index):
+        raise UserError(f"--image {command.image}: the run has held-out images 0 to {len(index) - 1}")
+    image = dataset.images(index[command.image : command.image + 1])
+    strips = traverse(method, method.encode(image)[0])
+    path = command.output or RunFolder(command.run).figures / f"traversal-image-{command.image}.png"
+    told = told_factors(evaluation.infomec, [factor.name for factor in dataset.factors])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_traversals(strips, evaluation.active, path, told=told)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
+    print(path)
+    return 0
+
+
+def _evaluated(path: Path, device: str) -> "tuple[Dataset, Method, Evaluation]":
+    """A run's data set, its trained method, and its scores on the held-out images."""
+    from qlae.data import held_out_split
+    from qlae.evaluation import evaluate
+    from qlae.loading import choose_device, load_model
+
+    run, config = RunFolder.open(path)
+    dataset, method = load_model(run, config, choose_device(device))
+    _, index = held_out_split(len(dataset))
+    return dataset, method, evaluate(method, dataset, index)
+
+
+def _data(command: Data) -> int:
+    from qlae.data import DATASETS
+
+    for name, dataset in DATASETS.items():
+        print(f"{name:<10}{dataset.summary}")
+    print(f"{'FOLDER':<10}any folder of images, without known factors")
+    return 0
+
+
+def _info() -> int:
+    import platform
+
+    import torch
+
+    import qlae_kernels
+    from qlae.methods import METHODS
+    from qlae.networks import NETWORKS
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch finds"
+    backends = ", ".join(qlae_kernels.available_backends())
+    lines = {
+        "qlae": qlae_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu threads": str(torch.get_num_threads()),
+        "gpu": gpu,
+        "backends": f"{backends}  (python -m qlae_kernels says why others are not there)",
+        "methods": ", ".join(METHODS),
+        "networks": ", ".join(NETWORKS),
+    }
+    for name, value in lines.items():
+        print(f"{name:<13}{value}")
+    print("data sets")
+    return _data(Data())
+
+
+def score_table(evaluation: "Evaluation") -> str:
+    """One score a line, with what it measures."""
+    rows = []
+    if evaluation.infomec is not None:
+        scores = evaluation.infomec
+        rows += [
+            ("InfoM", f"{scores.infom:.3f}", "modularity: each latent tells one factor"),
+            ("InfoC", f"{scores.infoc:.3f}", "compactness: each factor is told by one latent"),
+            (
+                "InfoE",
+                f"{scores.infoe:.3f}",
+                "explicitness: a linear model reads the factors off the latents",
+            ),
+        ]
+    rows += [
+        ("PSNR", f"{evaluation.psnr:.2f} dB", "reconstruction of held-out images"),
+        (
+            "active",
+            f"{evaluation.active.sum()} of {len(evaluation.active)}",
+            "latents with more than one code in use",
+        ),
+        ("perplexity", f"{evaluation.perplexity.mean():.2f}", "codes in effective use, mean over latents"),
+    ]
+    return "\n".join(f"{name:<12}{value:<12}{meaning}" for name, value, meaning in rows)

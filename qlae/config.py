@@ -1,0 +1,206 @@
+"""The configuration of a training run: one dataclass, its named presets, and its file."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import yaml
+from tyro.conf import Positional, arg
+
+from qlae.errors import UserError
+
+
+def without(meaning: str) -> Callable[[str], str]:
+    """How `--help` shows a default: the value, or `meaning` where it is None."""
+    return lambda default: f"(default: {meaning if default == 'None' else default})"
+
+
+SCHEDULES = ("constant", "cosine")
+DEVICES = ("auto", "cpu", "cuda")
+
+# latents for data without known factors
+DEFAULT_NUM_LATENTS = 12
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained on what, and how; together with the seed it decides the result."""
+
+    method: Annotated[Positional[str], arg(metavar="[METHOD]")] = "qlae"
+    """Training method: qlae."""
+    data: Annotated[str, arg(metavar="NAME|FOLDER")] = "rooms3d"
+    """Data set by name (`qlae data` lists them), or a folder of your own images."""
+    root: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
+    """Where downloaded data files lie."""
+    resolution: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint=without("the data set's own"))] = None
+    """Height and width of the images."""
+    network: Annotated[str, arg(metavar="{compact,small,paper}")] = "compact"
+    """Encoder and decoder: `compact` for small images on a CPU, `paper` as published for 64 pixels, `small`
+    its shallower variant."""
+    num_latents: Annotated[
+        int | None,
+        arg(metavar="D", help_behavior_hint=without("twice the data's factors, 12 where there are none")),
+    ] = None
+    """Number of latents."""
+    levels: Annotated[int, arg(metavar="K")] = 10
+    """Codes per latent."""
+    steps: Annotated[int, arg(metavar="N")] = 20_000
+    """Training steps."""
+    batch_size: Annotated[int, arg(metavar="N")] = 128
+    """Images per step."""
+    learning_rate: Annotated[float, arg(metavar="X")] = 1e-3
+    """AdamW's step size."""
+    schedule: Annotated[str, arg(metavar="{constant,cosine}")] = "constant"
+    """Learning rate over the steps: `constant`, or falling to 0 along half a `cosine`."""
+    warmup_steps: Annotated[int, arg(metavar="N")] = 0
+    """Steps over which the learning rate first rises linearly."""
+    weight_decay: Annotated[float, arg(metavar="X")] = 0.1
+    """Decoupled weight decay: each step takes learning_rate * weight_decay of every weight. Biases and
+    the codebook have none."""
+    gradient_clip: Annotated[float, arg(metavar="X")] = 1.0
+    """Bound on each element of the weights' gradients. Biases and the codebook have none."""
+    quantization_weight: Annotated[float, arg(metavar="X")] = 0.01
+    """Weight of the loss that draws codebook values to the latents."""
+    commitment_weight: Annotated[float, arg(metavar="X")] = 0.01
+    """Weight of the loss that draws latents to their codebook values."""
+    evaluation_every: Annotated[int, arg(metavar="N")] = 2_000
+    """Steps between evaluations on the held-out images; each also writes a checkpoint."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Seed of the first weights and of the order of the images. The held-out images do not depend on it."""
+    device: Annotated[str, arg(metavar="{auto,cpu,cuda}")] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    "paper": TrainConfig(
+        resolution=64,
+        network="paper",
+        steps=200_000,
+        batch_size=128,
+        learning_rate=1e-3,
+        schedule="constant",
+        weight_decay=0.1,
+        gradient_clip=1.0,
+        levels=10,
+        quantization_weight=0.01,
+        commitment_weight=0.01,
+        evaluation_every=5_000,
+    ),
+}
+
+# a resumed run may change these; the same weights come out, or more steps follow
+RESUMABLE_CHANGES = frozenset({"steps", "device", "root", "evaluation_every"})
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of that name.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError for the first value that no run can have."""
+    for name in ("steps", "batch_size", "levels", "evaluation_every"):
+        _require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in ("num_latents", "resolution"):
+        value = getattr(config, name)
+        _require(config, name, value is None or value >= 1, "at least 1")
+    for name in ("learning_rate", "gradient_clip"):
+        value = getattr(config, name)
+        _require(config, name, math.isfinite(value) and value > 0, "a positive number")
+    for name in ("weight_decay", "quantization_weight", "commitment_weight"):
+        value = getattr(config, name)
+        _require(config, name, math.isfinite(value) and value >= 0, "0 or more")
+    _require(config, "warmup_steps", 0 <= config.warmup_steps <= config.steps, "between 0 and --steps")
+    _require(config, "seed", 0 <= config.seed < 2**63, "between 0 and 2**63 - 1")
+    _require(config, "schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    _require(config, "device", config.device in DEVICES, f"one of {', '.join(DEVICES)}")
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Names of the options that differ and decide the result, in the order of the fields."""
+    return [
+        field.name
+        for field in fields(TrainConfig)
+        if field.name not in RESUMABLE_CHANGES and getattr(old, field.name) != getattr(new, field.name)
+    ]
+
+
+def option(name: str) -> str:
+    """How a field is typed on the command line."""
+    return "METHOD" if name == "method" else "--" + name.replace("_", "-")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """One line per field, in the order of the fields."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """The fields as strings, numbers and None."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def from_plain(values: object, origin: Path) -> TrainConfig:
+    """The inverse of `to_plain`.
+
+    Args:
+        values: what was read.
+        origin: the file it was read from, to be named in errors.
+
+    Raises:
+        UserError: for fields that are missing or unknown, and for values of another type or range.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: not a configuration, which has one 'option: value' a line")
+    types = get_type_hints(TrainConfig)
+    unknown = [str(name) for name in values if name not in types]
+    missing = [name for name in types if name not in values]
+    if unknown:
+        raise UserError(f"{origin}: unknown option {unknown[0]!r}: remove it, or correct its name")
+    if missing:
+        raise UserError(f"{origin}: option {missing[0]!r} is missing: add it, or train the run again")
+    for name, value in values.items():
+        if not _has_type(value, types[name]):
+            raise UserError(f"{origin}: {name} is {value!r}, which should be {_type_name(types[name])}")
+    if values["root"] is not None:
+        values = values | {"root": Path(values["root"])}
+    config = TrainConfig(**values)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    return config
+
+
+def _require(config: TrainConfig, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"{option(name)} is {getattr(config, name)}, which should be {wanted}")
+
+
+def _plain_types(annotation: Any) -> tuple[type, ...]:
+    if get_origin(annotation) is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return tuple(str if kind is Path else kind for kind in types)
+
+
+def _has_type(value: object, annotation: Any) -> bool:
+    types = _plain_types(annotation)
+    if float in types:
+        types = (*types, int)
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", NoneType: "empty"}
+    return " or ".join(names[kind] for kind in _plain_types(annotation))

@@ -1,0 +1,7 @@
+"""Scores of representations and reconstructions."""
+
+from qlae.metrics.code_usage import code_counts, perplexity
+from qlae.metrics.image_metrics import PSNR_CAP, psnr, psnr_per_image
+from qlae.metrics.infomec import InfoMEC, infomec
+
+__all__ = ["PSNR_CAP", "InfoMEC", "code_counts", "infomec", "perplexity", "psnr", "psnr_per_image"]

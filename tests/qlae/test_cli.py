@@ -1,0 +1,304 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qlae import training
+from qlae.checkpoint import STATE, WEIGHTS
+from qlae.cli import main
+from qlae.config import TrainConfig, option
+from qlae.training import Trainer
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--data", "tiny", "--steps", "6", "--evaluation-every", "3", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "write_figures", lambda *_: None)
+
+
+@pytest.fixture
+def run(tiny: object, without_figures: None, here: Path) -> Path:
+    """A finished run on the tiny data set."""
+    assert main(["train", *QUICK, "--output", "run"]) == 0
+    return here / "run"
+
+
+@pytest.fixture
+def images(here: Path) -> Path:
+    """A folder of 40 small grey pictures."""
+    folder = here / "pictures"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, size=(40, 8, 8), dtype=np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{number:02}.png")
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which the command refuses."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("qlae: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_train_writes_a_run_and_tells_where(tiny: object, capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert main(["train", "qlae", *QUICK, "--seed", "3"]) == 0
+    output = capsys.readouterr().out
+    folder = Path("runs") / "tiny-qlae-seed3"
+    assert f"figures  {folder / 'figures'}" in output
+    assert "tiny: 64 images of 4 x 4 pixels" in output
+    assert all(name in output for name in ("step 3:", "step 6:", "InfoM", "InfoC", "InfoE", "PSNR", "active"))
+    assert list((here / folder / "figures").glob("*.png"))
+
+
+def test_evaluate_gives_the_scores_of_the_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert scores == {name: value for name, value in summary.items() if name not in ("seconds", "steps")}
+    assert main(["evaluate", "run"]) == 0
+    table = capsys.readouterr().out
+    assert f"{summary['infom']:.3f}" in table and f"{summary['psnr']:.2f} dB" in table
+
+
+def test_evaluate_and_traverse_change_nothing_but_the_picture(run: Path) -> None:
+    before = contents(run)
+    assert main(["evaluate", "run"]) == 0
+    assert main(["traverse", "run", "--image", "2"]) == 0
+    after = contents(run)
+    assert set(after) - set(before) == {"figures/traversal-image-2.png"}
+    assert all(after[name] == content for name, content in before.items())
+
+
+def test_traverse_prints_the_path_of_its_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["traverse", "run", "--output", "elsewhere/picture.png"]) == 0
+    assert capsys.readouterr().out == "elsewhere/picture.png\n"
+    with Image.open("elsewhere/picture.png") as picture:
+        assert picture.width > 100
+    assert "held-out images 0 to 5" in refused(capsys, "traverse", "run", "--image", "6")
+    assert "held-out images 0 to 5" in refused(capsys, "traverse", "run", "--image", "-1")
+
+
+def test_a_folder_of_pictures(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", "4", "--evaluation-every", "2", "--batch-size", "16", "--device", "cpu"]
+    assert main(["train", "--data", "pictures", "--output", "run", *options]) == 0
+    output = capsys.readouterr().out
+    assert "PSNR" in output and "InfoM" not in output
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["infom"] is None and summary["num_latents"] == 12
+    assert "infom" not in Path("run/metrics.csv").read_text()
+    # the run knows its pictures wherever it is asked from
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    assert main(["evaluate", "../run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["psnr"] == summary["psnr"]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert torch.__version__ in output and "reference" in output
+    assert all(name in output for name in ("qlae", "compact", "paper", "rooms3d", "shapes3d"))
+
+
+def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "list"]) == 0
+    output = capsys.readouterr().out
+    assert "our own rendering" in output and "3dshapes.h5" in output
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--help"])
+    assert caught.value.code == 0
+    lines = (line.strip("│ \n") for line in capsys.readouterr().out.splitlines())
+    return " ".join(" ".join(lines).split())
+
+
+def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, "train")
+    names = [option(field.name) for field in fields(TrainConfig)]
+    for name in [*names, "--preset", "--output", "--resume", "--time-limit"]:
+        mark = " [METHOD] " if name == "METHOD" else f" {name} "
+        # other options may mention it too
+        explanations = [part.split("(default: ")[0].split() for part in text.split(mark)[1:]]
+        assert any(2 <= len(words) <= 40 for words in explanations), name
+    assert "None" not in text
+
+
+def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert "(default: 200000)" in help_of(capsys, "train", "--preset", "paper")
+    assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "traverse", "info", "data"])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert f"usage: qlae {command}" in help_of(capsys, command)
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--stepps", "3"], ["train", "--steps", "many"], ["evaluate"]])
+def test_what_cannot_be_parsed_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vae"], "unknown method 'vae': choose one of qlae"),
+        (["--data", "shapes5d"], "shapes5d"),
+        (["--network", "huge"], "unknown network 'huge': choose one of compact, paper, small"),
+        (["--preset", "best"], "unknown preset 'best': choose one of default, paper"),
+        (["--device", "tpu"], "--device is tpu, which should be one of auto, cpu, cuda"),
+        (["--schedule", "linear"], "--schedule is linear, which should be one of constant, cosine"),
+        (["--levels", "0"], "--levels is 0, which should be at least 1"),
+        (["--time-limit", "0"], "--time-limit is 0.0, which should be a positive number of minutes"),
+        (["--network", "paper"], "sides are multiples of 16"),
+        (["--output", "file/run"], "cannot write the run folder file/run"),
+        (["--resume", "nothing"], "there is no run folder nothing"),
+        (["--resume", "."], "not a run folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny: object, capsys: pytest.CaptureFixture[str], here: Path, arguments: list[str], message: str
+) -> None:
+    (here / "file").write_text("")
+    assert message in refused(capsys, "train", *QUICK, *arguments)
+    assert [path.name for path in here.iterdir()] == ["file"]
+
+
+def test_an_existing_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    line = refused(capsys, "train", *QUICK, "--output", "run")
+    assert "--resume run" in line and "--output" in line
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--levels", "4"], "--levels 4: the run in run has 10 and keeps it"),
+        (["--data", "rooms3d"], "--data rooms3d: the run in run has tiny"),
+        (["--output", "other"], "--output and --resume exclude each other"),
+        (["--preset", "paper"], "--preset and --resume exclude each other"),
+        (["--steps", "2"], "has taken 6 steps"),
+    ],
+)
+def test_a_resumed_run_keeps_its_options(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = contents(run)
+    assert message in refused(capsys, "train", "--resume", "run", *arguments)
+    assert contents(run) == before
+
+
+def test_resume_with_more_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "run", "--steps", "9"]) == 0
+    assert "step 9:" in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text())["steps"] == 9
+
+
+@pytest.mark.parametrize("command", [["evaluate", "run"], ["traverse", "run"], ["train", "--resume", "run"]])
+@pytest.mark.parametrize("damage", ["config.yaml", "levels", "text", WEIGHTS, "checkpoint"])
+def test_a_damaged_run_is_refused_by_every_command(
+    run: Path, capsys: pytest.CaptureFixture[str], command: list[str], damage: str
+) -> None:
+    config, weights = run / "config.yaml", run / "checkpoint" / WEIGHTS
+    text = config.read_text()
+    if damage == "config.yaml":
+        config.unlink()
+        message = "it has no config.yaml"
+    elif damage == "levels":
+        config.write_text(text.replace("levels: 10", "levels: 12"))
+        message = "was trained with levels 10"
+    elif damage == "text":
+        config.write_text(text + "colour: blue\n")
+        message = "unknown option 'colour'"
+    elif damage == WEIGHTS:
+        weights.write_bytes(weights.read_bytes()[:1000])
+        message = f"{WEIGHTS} is truncated or damaged"
+    else:
+        (run / "checkpoint").rename(run / "moved")
+        message = "there is no checkpoint run/checkpoint"
+    before = contents(run)
+    assert message in refused(capsys, *command)
+    assert contents(run) == before
+
+
+def test_resume_refuses_a_damaged_training_state(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = run / "checkpoint" / STATE
+    state.write_bytes(state.read_bytes()[:1000])
+    assert f"{STATE} is truncated or damaged" in refused(capsys, "train", "--resume", "run")
+    assert main(["evaluate", "run"]) == 0
+
+
+def test_divergence_exits_with_1(
+    tiny: object, without_figures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Trainer._take_step
+
+    def take_step(trainer: Trainer) -> None:
+        if trainer.step == 4:
+            trainer.method.decoder[-2].bias.data.fill_(float("nan"))
+        original(trainer)
+
+    monkeypatch.setattr(Trainer, "_take_step", take_step)
+    assert main(["train", *QUICK, "--output", "run"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("qlae: error: the loss became nan in step 5; the last good checkpoint is run/checkpoint")
+
+
+def test_a_process_stops_on_sigint_and_goes_on(images: Path) -> None:
+    """As a person types it: start, interrupt, resume, score."""
+    command = [sys.executable, "-m", "qlae"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = ["--data", "pictures", "--evaluation-every", "20", "--device", "cpu", "--output", "run"]
+    process = subprocess.Popen(
+        [*command, "train", "--steps", "1000000", *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120.0
+    while not Path("run/checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120.0)
+    assert process.returncode == 130, errors
+    assert "go on with: qlae train --resume run" in output
+    assert "Traceback" not in errors
+    step = torch.load(f"run/checkpoint/{STATE}", weights_only=True)["step"]
+    assert step > 0
+
+    assert main(["train", "--resume", "run", "--steps", str(step + 2)]) == 0
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == step + 2
