@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,8 +55,12 @@ class Inputs:
     grad_quantized: Tensor
 
 
+@lru_cache(maxsize=1)
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
-    """The same inputs for every contender: z uniform in [-0.6, 0.6], codes around an even grid over [-0.5, 0.5]."""
+    """The same inputs for every contender, which must not change them.
+
+    z is uniform in [-0.6, 0.6]; the codes lie around an even grid over [-0.5, 0.5].
+    """
     generator = torch.Generator().manual_seed(0)
     z = torch.rand(case.batch, case.num_latents, generator=generator) * 1.2 - 0.6
     shift = torch.rand(case.num_latents, case.levels, generator=generator) * 0.6 - 0.3

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 FLOORS = ("trivial op", "trivial pair", "three copies")
 BOTH = "forward + backward"
@@ -64,13 +64,17 @@ def _describe(results: dict[str, Any]) -> list[str]:
     machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items() if number)
     lines = [
-        f"{machine['device']}, {machine['threads']} threads on {machine['cores']} cores, "
+        f"{_threads(machine)} on {machine['cores']} cores, "
         f"{machine['instruction_set']} kernels, {machine['system']}; {results['date']}; {versions}; "
         f"commit {results['commit'] or 'unknown'}.",
     ]
     if results["quick"]:
         lines += ["", "A quick run on tiny sizes: its figures mean nothing."]
     return lines
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    return f"{machine['device']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
 
 
 def _floor_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -203,7 +207,9 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
     _plot_lines(left, by_size, _elements)
     left.set_xlabel(f"elements of z (N x D), {main} codes each")
     left.set_ylabel("time per element, ns")
-    left.set_title("forward + backward, float32", fontsize=11)
+    left.set_xticks([_elements(row) for row in by_size])
+    left.xaxis.set_major_formatter(EngFormatter(places=0, sep=" "))
+    left.xaxis.set_minor_formatter(NullFormatter())
     _plot_lines(right, by_levels, lambda row: row["case"]["levels"])
     case = by_levels[0]["case"]
     right.set_xlabel(f"codes per latent (K), z of {case['batch']:,} x {case['num_latents']}")
@@ -211,8 +217,8 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.xaxis.set_minor_formatter(NullFormatter())
     machine = results["machine"]
-    conditions = f"{machine['device']}, {machine['threads']} threads, {results['date'][:10]}"
-    figure.suptitle(f"latent_quantize: {conditions}" + (", quick run" if results["quick"] else ""), fontsize=12)
+    title = f"latent_quantize, forward + backward, float32: {_threads(machine)}, {results['date'][:10]}"
+    figure.suptitle(title + (", quick run" if results["quick"] else ""), fontsize=12)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -226,12 +232,21 @@ def _plot_lines(axes: Axes, rows: list[dict[str, Any]], x_of: Any) -> None:
             continue
         dashes = {"trivial op": "--", "three copies": ":"}.get(name, "-")
         width = 2.4 if name == "fused" else 1.5
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, linewidth=width, label=name)
+        label = _label(name, rows)
+        axes.plot(
+            *zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, linewidth=width, label=label
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(name: str, rows: list[dict[str, Any]]) -> str:
+    notes = [row["contenders"][name]["note"] for row in rows if name in row["contenders"]]
+    note = next(filter(None, notes), None)
+    return name if note is None else f"{name}\n({note.split(';')[0]})"
 
 
 def _elements(row: dict[str, Any]) -> int:
