@@ -41,50 +41,70 @@ void without_lock(int64_t size, Call call) {
   call();
 }
 
-void forward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, int64_t rows, int64_t stride,
-             uintptr_t levels, uintptr_t codebook, uintptr_t z, uintptr_t quantized, uintptr_t indices, int index_type,
-             uintptr_t loss, double loss_weight, int threads) {
-  const qlae::ForwardArguments arguments{
-      .value_type = static_cast<qlae::ValueType>(value_type),
-      .layout = {outer, num_latents, inner},
-      .codebook = {pointer<const void>(codebook), rows, stride, pointer<const int64_t>(levels)},
-      .z = pointer<const void>(z),
-      .quantized = pointer<void>(quantized),
-      .indices = pointer<void>(indices),
-      .index_type = static_cast<qlae::IndexType>(index_type),
-      .loss = pointer<void>(loss),
-      .loss_weight = loss_weight,
-      .threads = threads,
-  };
-  without_lock(arguments.layout.size(), [&] { qlae::latent_quantize_forward(arguments); });
-}
+// One problem of fixed sizes: what its calls share is converted from Python once.
+class LatentQuantize {
+ public:
+  LatentQuantize(int value_type, int64_t outer, int64_t num_latents, int64_t inner, int64_t rows, int64_t stride,
+                 uintptr_t levels, int index_type, double quantization_weight, double commitment_weight)
+      : value_type_(static_cast<qlae::ValueType>(value_type)),
+        layout_{outer, num_latents, inner},
+        codebook_{nullptr, rows, stride, pointer<const int64_t>(levels)},
+        index_type_(static_cast<qlae::IndexType>(index_type)),
+        quantization_weight_(quantization_weight),
+        commitment_weight_(commitment_weight) {}
 
-void backward(int value_type, int64_t outer, int64_t num_latents, int64_t inner, int64_t rows, int64_t stride,
-              uintptr_t levels, uintptr_t codebook, uintptr_t z, uintptr_t grad_quantized, uintptr_t grad_loss,
-              uintptr_t grad_z, uintptr_t grad_codebook, double quantization_weight, double commitment_weight,
-              int threads) {
-  const qlae::BackwardArguments arguments{
-      .value_type = static_cast<qlae::ValueType>(value_type),
-      .layout = {outer, num_latents, inner},
-      .codebook = {pointer<const void>(codebook), rows, stride, pointer<const int64_t>(levels)},
-      .z = pointer<const void>(z),
-      .grad_quantized = pointer<const void>(grad_quantized),
-      .grad_loss = pointer<const void>(grad_loss),
-      .grad_z = pointer<void>(grad_z),
-      .grad_codebook = pointer<void>(grad_codebook),
-      .quantization_weight = quantization_weight,
-      .commitment_weight = commitment_weight,
-      .threads = threads,
-  };
-  without_lock(arguments.layout.size(), [&] { qlae::latent_quantize_backward(arguments); });
-}
+  void forward(uintptr_t codebook, uintptr_t z, uintptr_t quantized, uintptr_t indices, uintptr_t loss,
+               int threads) const {
+    const qlae::ForwardArguments arguments{
+        .value_type = value_type_,
+        .layout = layout_,
+        .codebook = {pointer<const void>(codebook), codebook_.rows, codebook_.stride, codebook_.levels},
+        .z = pointer<const void>(z),
+        .quantized = pointer<void>(quantized),
+        .indices = pointer<void>(indices),
+        .index_type = index_type_,
+        .loss = pointer<void>(loss),
+        .loss_weight = quantization_weight_ + commitment_weight_,
+        .threads = threads,
+    };
+    without_lock(layout_.size(), [&] { qlae::latent_quantize_forward(arguments); });
+  }
+
+  void backward(uintptr_t codebook, uintptr_t z, uintptr_t grad_quantized, uintptr_t grad_loss, uintptr_t grad_z,
+                uintptr_t grad_codebook, int threads) const {
+    const qlae::BackwardArguments arguments{
+        .value_type = value_type_,
+        .layout = layout_,
+        .codebook = {pointer<const void>(codebook), codebook_.rows, codebook_.stride, codebook_.levels},
+        .z = pointer<const void>(z),
+        .grad_quantized = pointer<const void>(grad_quantized),
+        .grad_loss = pointer<const void>(grad_loss),
+        .grad_z = pointer<void>(grad_z),
+        .grad_codebook = pointer<void>(grad_codebook),
+        .quantization_weight = quantization_weight_,
+        .commitment_weight = commitment_weight_,
+        .threads = threads,
+    };
+    without_lock(layout_.size(), [&] { qlae::latent_quantize_backward(arguments); });
+  }
+
+ private:
+  qlae::ValueType value_type_;
+  qlae::LatentLayout layout_;
+  qlae::CodebookView codebook_;
+  qlae::IndexType index_type_;
+  double quantization_weight_;
+  double commitment_weight_;
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Kernels of qlae_kernels over raw addresses; use qlae_kernels.latent_quantize instead.";
-  module.def("latent_quantize_forward_cpu", &forward);
-  module.def("latent_quantize_backward_cpu", &backward);
+  py::class_<LatentQuantize>(module, "LatentQuantize")
+      .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, int, double, double>())
+      .def("forward", &LatentQuantize::forward)
+      .def("backward", &LatentQuantize::backward);
   py::class_<PooledBuffer>(module, "PooledBuffer", py::buffer_protocol())
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer(&PooledBuffer::view);

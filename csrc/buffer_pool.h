@@ -68,8 +68,15 @@ class BufferPool {
     }
   }
 
-  int64_t max_idle_bytes() const { return max_idle_bytes_; }
-  int64_t idle_bytes() const { return idle_bytes_; }
+  int64_t max_idle_bytes() {
+    std::lock_guard lock(mutex_);
+    return max_idle_bytes_;
+  }
+
+  int64_t idle_bytes() {
+    std::lock_guard lock(mutex_);
+    return idle_bytes_;
+  }
 
  private:
   static constexpr int64_t kHugePage = int64_t{2} << 20;

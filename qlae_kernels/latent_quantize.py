@@ -175,8 +175,10 @@ def gradients_of(
     if torch.is_grad_enabled():
         # A gradient of the gradient is wanted: plain PyTorch records it.
         backward = latent_quantize_reference.prepare(call.problem)[1]
-    elif grad_quantized is not None and not has_strides_of(grad_quantized, z):
-        grad_quantized = torch.empty_like(z).copy_(grad_quantized)
+    else:
+        grad_loss = grad_loss.resolve_neg()
+        if grad_quantized is not None and not has_strides_of(grad_quantized, z):
+            grad_quantized = torch.empty_like(z).copy_(grad_quantized)
     codes = for_kernels(codebook, call)
     grad_z, grad_codebook = backward(z, codes, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
     if not call.codebook_fits and grad_codebook is not None:

@@ -57,14 +57,17 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _native.use_instruction_set(before)
 
 
-def _choose_instruction_set(name: str) -> None:
+def _choose_instruction_set(name: str, origin: str = "") -> None:
     if name not in instruction_sets():
-        raise ValueError(f"instruction set {name!r} is not available here; choose from {', '.join(instruction_sets())}")
+        available = ", ".join(instruction_sets())
+        raise ValueError(f"instruction set {name!r}{origin} is not available here; choose from {available}")
     _native.use_instruction_set(name)
 
 
 if _native is not None and "QLAE_CPU_INSTRUCTION_SET" in os.environ:
-    _choose_instruction_set(os.environ["QLAE_CPU_INSTRUCTION_SET"])
+    _choose_instruction_set(
+        os.environ["QLAE_CPU_INSTRUCTION_SET"], " (from the environment variable QLAE_CPU_INSTRUCTION_SET)"
+    )
 
 
 # Outputs of this size and more come from the pool; smaller ones the system's allocator recycles by itself.
@@ -99,8 +102,10 @@ def _pooled_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def prepare(problem: Problem) -> tuple[Forward, Backward]:
     """See `qlae_kernels.problem.Backend.prepare`."""
+    index_dtype = problem.index_dtype
+    return_indices = problem.return_indices
     # The address of the levels is good for as long as `problem` lives, which its `Call` sees to.
-    shapes = (
+    native = _native.LatentQuantize(
         _VALUE_TYPE[problem.value_dtype],
         problem.outer,
         problem.num_latents,
@@ -108,12 +113,11 @@ def prepare(problem: Problem) -> tuple[Forward, Backward]:
         problem.rows,
         problem.stride,
         0 if problem.levels is None else problem.levels.data_ptr(),
+        _INDEX_TYPE[index_dtype],
+        problem.quantization_weight,
+        problem.commitment_weight,
     )
-    index_dtype = problem.index_dtype
-    index_type = _INDEX_TYPE[index_dtype]
-    return_indices = problem.return_indices
-    quantization_weight = problem.quantization_weight
-    commitment_weight = problem.commitment_weight
+    native_forward, native_backward = native.forward, native.backward
     scalar = torch.empty((), dtype=problem.compute_dtype)
     # Allocating like a tensor is faster than from a size and a dtype.
     empty_like = torch.empty_like
@@ -125,15 +129,12 @@ def prepare(problem: Problem) -> tuple[Forward, Backward]:
         quantized = value_like(z)
         indices = index_like(z, dtype=index_dtype) if return_indices else None
         loss = empty_like(scalar)
-        _native.latent_quantize_forward_cpu(
-            *shapes,
+        native_forward(
             codebook.data_ptr(),
             z.data_ptr(),
             quantized.data_ptr(),
             indices.data_ptr() if return_indices else 0,
-            index_type,
             loss.data_ptr(),
-            quantization_weight + commitment_weight,
             get_num_threads(),
         )
         return quantized, indices, loss
@@ -148,16 +149,13 @@ def prepare(problem: Problem) -> tuple[Forward, Backward]:
     ) -> tuple[Tensor | None, Tensor | None]:
         grad_z = value_like(z) if need_grad_z else None
         grad_codebook = empty_like(codebook) if need_grad_codebook else None
-        _native.latent_quantize_backward_cpu(
-            *shapes,
+        native_backward(
             codebook.data_ptr(),
             z.data_ptr(),
             0 if grad_quantized is None else grad_quantized.data_ptr(),
             grad_loss.data_ptr(),
             grad_z.data_ptr() if need_grad_z else 0,
             grad_codebook.data_ptr() if need_grad_codebook else 0,
-            quantization_weight,
-            commitment_weight,
             get_num_threads(),
         )
         return grad_z, grad_codebook

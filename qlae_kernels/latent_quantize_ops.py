@@ -85,7 +85,8 @@ def latent_quantize_backward_op(
     """The gradients of z and of the codebook, each in its own dtype."""
     z = as_dense(z)
     call = _call(z, codebook, levels, channel_dim, quantization_weight, commitment_weight, torch.int64, False, backend)
-    return gradients_of(call, z, codebook, grad_quantized, grad_loss)
+    with torch.no_grad():
+        return gradients_of(call, z, codebook, grad_quantized, grad_loss)
 
 
 @latent_quantize_backward_op.register_fake

@@ -32,13 +32,15 @@ def nearest_indices(z: Tensor, codebook: Tensor, problem: Problem) -> Tensor:
     if problem.levels is not None:
         codes = torch.arange(codebook.size(1), device=z.device)
         padding = codes >= problem.levels.to(z.device).unsqueeze(1)  # [D, K]
-    parts = []
-    for part in rows.split(max(1, MAX_DISTANCES // max(1, problem.num_latents * codebook.size(1)))):
+    length = max(1, MAX_DISTANCES // max(1, problem.num_latents * problem.stride))
+    # Written piece by piece into one tensor: small results that outlive their piece would keep its memory apart.
+    indices = torch.empty(rows.shape[:2], dtype=torch.int64, device=z.device)
+    for part, part_indices in zip(rows.split(length), indices.split(length), strict=True):
         distance = (part - codebook).abs()  # [n, D, K]
         if padding is not None:
             distance = distance.masked_fill(padding, torch.inf)
-        parts.append(distance.argmin(-1))
-    indices = torch.cat(parts).reshape(channel_last.shape).movedim(-1, problem.channel_dim)
+        torch.argmin(distance, -1, out=part_indices)
+    indices = indices.view(channel_last.shape).movedim(-1, problem.channel_dim)
     return indices.masked_fill(~z.isfinite(), 0)
 
 
