@@ -83,8 +83,6 @@ class Options:
     """Tiny sizes and two rounds: shows that everything works, and its figures mean nothing."""
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     """Which contenders to measure; the floors are always measured."""
-    device: str = "cpu"
-    """Where to measure: cpu or cuda."""
 
 
 def measure_row(row: Row, names: tuple[str, ...], device: torch.device) -> dict[str, Any]:
@@ -160,7 +158,7 @@ def measure_memory(case: Case, names: tuple[str, ...], device: torch.device) -> 
 
 def run(options: Options) -> Path:
     """Measure all rows and write the record; returns its folder."""
-    device = torch.device(options.device)
+    device = torch.device("cpu")
     unknown = set(options.contenders) - set(CONTENDERS)
     if unknown or "fused" not in options.contenders:
         fail(f"--contenders must be of {', '.join(CONTENDERS)}, fused among them; got {' '.join(options.contenders)}")
@@ -199,6 +197,6 @@ def fail(message: str) -> None:
 
 
 if __name__ == "__main__":
-    written = run(tyro.cli(Options))
+    written = run(tyro.cli(Options, prog="benchmarks/latent_quantize.py"))
     print((written / "table.md").read_text())
     print(f"written to {written}")

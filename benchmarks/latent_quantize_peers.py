@@ -29,7 +29,8 @@ def plain_latent_quantize(
     """
     latents = z.to(codebook.dtype)
     indices = (latents.unsqueeze(-1) - codebook).abs().argmin(-1)
-    codes = codebook[torch.arange(codebook.size(0), device=z.device), indices]
+    first_of_latent = codebook.size(1) * torch.arange(codebook.size(0), device=z.device)
+    codes = codebook.flatten()[first_of_latent + indices]
     quantization_loss = F.mse_loss(codes, latents.detach())
     commitment_loss = F.mse_loss(latents, codes.detach())
     loss = quantization_weight * quantization_loss + commitment_weight * commitment_loss
@@ -113,12 +114,11 @@ class VectorQuantizePytorch(TorchContender):
         from vector_quantize_pytorch import LatentQuantize
 
         num_latents, levels = inputs.codebook.shape
-        listed = levels**num_latents
-        shared = listed > MAX_LISTED_CODES
+        shared = levels**num_latents > MAX_LISTED_CODES
         if shared:
             self.note = (
-                f"one codebook shared by all latents; one per latent would list {listed:.3g} combinations of codes "
-                f"({8 * listed / 1e12:.3g} TB)"
+                "one codebook shared by all latents; with one per latent it lists all combinations of codes, "
+                "8 TB for 12 latents of 10"
             )
             codebook = inputs.codebook[:1].expand_as(inputs.codebook)
             inputs = Inputs(inputs.z, codebook, inputs.grad_quantized)
@@ -188,8 +188,8 @@ FLOORS: dict[str, Callable[[Inputs], Any]] = {
 def unavailable_reason(name: str, case: Case, device: torch.device) -> str | None:
     """Why the contender cannot do this case here, with the remedy where there is one; None if it can."""
     if name == "fused" and backends.select_backend("auto", device.type) is backends.BACKENDS["reference"]:
-        reason = backends.unavailable_reason("cpu") or "QLAE_BACKEND asks for the reference"
-        return f"no kernels serve {device.type} here: {reason}"
+        chosen = f"the reference backend serves {device.type} here: no other can, or QLAE_BACKEND asks for it"
+        return backends.unavailable_reason("cpu") or chosen
     if name == "torch.compile":
         return _compile_failure(device.type)
     if name == "JAX" and device.type != "cpu":

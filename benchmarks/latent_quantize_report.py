@@ -207,7 +207,6 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
     _plot_lines(left, by_size, _elements)
     left.set_xlabel(f"elements of z (N x D), {main} codes each")
     left.set_ylabel("time per element, ns")
-    left.set_xticks([_elements(row) for row in by_size])
     left.xaxis.set_major_formatter(EngFormatter(places=0, sep=" "))
     left.xaxis.set_minor_formatter(NullFormatter())
     _plot_lines(right, by_levels, lambda row: row["case"]["levels"])

@@ -47,26 +47,26 @@ class TrainConfig:
     """Number of latents."""
     levels: Annotated[int, arg(metavar="K")] = 10
     """Codes per latent."""
-    steps: Annotated[int, arg(metavar="N")] = 20_000
+    steps: Annotated[int, arg(metavar="N")] = 25_000
     """Training steps."""
-    batch_size: Annotated[int, arg(metavar="N")] = 128
+    batch_size: Annotated[int, arg(metavar="N")] = 64
     """Images per step."""
-    learning_rate: Annotated[float, arg(metavar="X")] = 1e-3
+    learning_rate: Annotated[float, arg(metavar="X")] = 2e-3
     """AdamW's step size."""
-    schedule: Annotated[str, arg(metavar="{constant,cosine}")] = "constant"
+    schedule: Annotated[str, arg(metavar="{constant,cosine}")] = "cosine"
     """Learning rate over the steps: `constant`, or falling to 0 along half a `cosine`."""
     warmup_steps: Annotated[int, arg(metavar="N")] = 0
     """Steps over which the learning rate first rises linearly."""
-    weight_decay: Annotated[float, arg(metavar="X")] = 0.1
+    weight_decay: Annotated[float, arg(metavar="X")] = 0.4
     """Decoupled weight decay: each step takes learning_rate * weight_decay of every weight. Biases and
     the codebook have none."""
     gradient_clip: Annotated[float, arg(metavar="X")] = 1.0
     """Bound on each element of the weights' gradients. Biases and the codebook have none."""
-    quantization_weight: Annotated[float, arg(metavar="X")] = 0.01
+    quantization_weight: Annotated[float, arg(metavar="X")] = 0.3
     """Weight of the loss that draws codebook values to the latents."""
-    commitment_weight: Annotated[float, arg(metavar="X")] = 0.01
+    commitment_weight: Annotated[float, arg(metavar="X")] = 0.3
     """Weight of the loss that draws latents to their codebook values."""
-    evaluation_every: Annotated[int, arg(metavar="N")] = 2_000
+    evaluation_every: Annotated[int, arg(metavar="N")] = 2_500
     """Steps between evaluations on the held-out images; each also writes a checkpoint."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the first weights and of the order of the images. The held-out images do not depend on it."""

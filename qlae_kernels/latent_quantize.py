@@ -101,6 +101,7 @@ def latent_quantize(
         return LatentQuantizerOutput(quantized, indices if return_indices else None, loss)
     contiguous = z.is_contiguous() and not z.is_neg()
     if not contiguous:
+        check_strided("z", z)
         z = as_dense(z)
     call = (_cached_call if contiguous else make_call)(
         z.shape,
@@ -158,6 +159,7 @@ def for_kernels(codebook: Tensor, call: Call) -> Tensor:
     """The codebook, contiguous and in the compute dtype."""
     if call.codebook_fits and codebook.is_contiguous() and not codebook.is_neg():
         return codebook
+    check_strided("codebook", codebook)
     return codebook.to(call.problem.compute_dtype).resolve_neg().contiguous()
 
 
@@ -191,6 +193,12 @@ def check_tensors(z: Tensor, codebook: Tensor) -> None:
     for name, value in (("z", z), ("codebook", codebook)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def check_strided(name: str, value: Tensor) -> None:
+    """Raise TypeError for a sparse tensor or another without plain memory."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (layout torch.strided); got layout {value.layout}")
 
 
 def make_call(

@@ -12,7 +12,7 @@ from qlae.networks.convolutional import ConvolutionalEncoder, Convolutions, dens
 
 FIRST_WIDTH = 16
 DENSE_WIDTH = 128
-MASKS = 16
+MASKS = 8
 # the convolutions halve the image while its shorter side stays at least this long
 SMALLEST_MAP = 4
 

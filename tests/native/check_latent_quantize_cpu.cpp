@@ -1,5 +1,5 @@
-// Runs the CPU kernels over every search strategy, layout, element type, index type and instruction set, in heap buffers
-// of exact size, and compares them with `nearest_code`. Meant for builds with AddressSanitizer and
+// Runs the CPU kernels over every search strategy, layout, element type, index type and instruction set, in heap
+// buffers of exact size, and compares them with `nearest_code`. Meant for builds with AddressSanitizer and
 // UndefinedBehaviorSanitizer (-DQLAE_SANITIZE=ON); prints the first case that differs and exits with 1.
 #include <algorithm>
 #include <bit>
@@ -154,7 +154,8 @@ E code_of(Codes codes, int64_t k, int64_t count) {
     case Codes::kEven: return element<E>(count > 1 ? static_cast<double>(k) / static_cast<double>(count - 1) - 0.5 : 0);
     case Codes::kUnsorted: return element<E>(static_cast<double>(below(2 * count)) / static_cast<double>(count) - 1);
     // All boundaries but one in one cell, and one far away.
-    case Codes::kClustered: return element<E>(k + 1 < count ? 0.05 * static_cast<double>(k) / static_cast<double>(count) : 60.0);
+    case Codes::kClustered:
+      return element<E>(k + 1 < count ? 0.05 * static_cast<double>(k) / static_cast<double>(count) : 60.0);
     case Codes::kHostile: return any_bits<E>();
     case Codes::kUlps: return element<E>(k + 1 < count ? 1 + Traits<E>::kEpsilon * static_cast<double>(k) : 100.0);
     case Codes::kEqual: return element<E>(0.25);
@@ -273,8 +274,8 @@ void run_case(const Case& c) {
       const double from_loss = scale * commitment_weight * residual[position];
       const double want = from_loss + (with_grad_quantized ? widen(grad_quantized[position]) : 0.0);
       // Three roundings in the product, one in the sum, one on the way to E, each of half a unit.
-      const double bound = 2 * epsilon * std::abs(from_loss) +
-                           (epsilon + Traits<E>::kEpsilon) * std::abs(want) + Traits<E>::kSmallest;
+      const double bound =
+          2 * epsilon * std::abs(from_loss) + (epsilon + Traits<E>::kEpsilon) * std::abs(want) + Traits<E>::kSmallest;
       if (!near(widen(grad_z[position]), want, bound, Traits<E>::kLargest)) fail(c, type, "grad z", position);
     }
     for (int64_t code = 0; code < rows * c.stride; ++code) {
@@ -287,19 +288,19 @@ void run_case(const Case& c) {
     }
     // Every output may be absent.
     latent_quantize_forward({type, c.layout, view, z.data(), nullptr, nullptr, c.index_type, nullptr, 1.0, c.threads});
-    latent_quantize_backward({type, c.layout, view, z.data(), nullptr, &grad_loss, nullptr, grad_codebook.data(), 1.0,
-                              1.0, c.threads});
-    latent_quantize_backward({type, c.layout, view, z.data(), nullptr, &grad_loss, grad_z.data(), nullptr, 1.0, 1.0,
-                              c.threads});
+    latent_quantize_backward(
+        {type, c.layout, view, z.data(), nullptr, &grad_loss, nullptr, grad_codebook.data(), 1.0, 1.0, c.threads});
+    latent_quantize_backward(
+        {type, c.layout, view, z.data(), nullptr, &grad_loss, grad_z.data(), nullptr, 1.0, 1.0, c.threads});
   }
 }
 
 template <class E>
 void run_type() {
   // Few and many samples per latent; short, long and partial periods; runs shorter and longer than a unit.
-  const LatentLayout layouts[] = {{1, 1, 1},   {0, 3, 1},   {3, 5, 1},     {37, 12, 1}, {130, 1, 1}, {601, 12, 1},
-                                  {130, 7, 5}, {9, 130, 1}, {513, 129, 1}, {3, 2, 401}, {1, 3, 701}, {2, 3, 4099},
-                                  {1, 33, 63}, {1, 300, 65}};
+  const LatentLayout layouts[] = {{1, 1, 1},    {0, 3, 1},    {3, 5, 1},   {37, 12, 1},   {130, 1, 1},
+                                  {601, 12, 1}, {130, 7, 5},  {9, 130, 1}, {513, 129, 1}, {3, 2, 401},
+                                  {1, 3, 701},  {2, 3, 4099}, {1, 33, 63}, {1, 300, 65}};
   const int64_t strides[] = {1, 2, 3, 8, 16, 40, 64, 100, 257};
   int number = 0;
   for (const LatentLayout& layout : layouts) {

@@ -26,7 +26,7 @@ def test_logits_are_masks_times_colours() -> None:
     masks = torch.sigmoid(decoder.masks(features)).view(6, MASKS, 2, 4)
     colours = decoder.colours(features).view(6, 3, MASKS)
     expected = torch.einsum("bcm,bmhw->bchw", colours, masks) + decoder.bias.view(3, 2, 4)
-    # 16 float64 products of values near 1 are summed
+    # 8 float64 products of values near 1 are summed
     assert torch.allclose(decoder(latents), expected, atol=1e-13, rtol=0)
 
 

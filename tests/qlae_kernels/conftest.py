@@ -1,0 +1,77 @@
+"""Every backend with every instruction set, and memory that shows when an output was not written."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlae_kernels import available_backends, latent_quantize_cpu
+
+# For `latent_quantize_statement`, which the tests of this folder share.
+sys.path.insert(0, str(Path(__file__).parent))
+
+INSTRUCTION_SETS = latent_quantize_cpu.instruction_sets() if "cpu" in available_backends() else ()
+VARIANTS = [name for name in available_backends() if name != "cpu"] + [f"cpu-{name}" for name in INSTRUCTION_SETS]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=VARIANTS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend; `cpu` once with each instruction set that this machine runs."""
+    name, _, instruction_set = request.param.partition("-")
+    with latent_quantize_cpu.use_instruction_set(instruction_set) if instruction_set else nullcontext():
+        yield name
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set that the CPU kernels use during the test."""
+    with latent_quantize_cpu.use_instruction_set(request.param):
+        yield request.param
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fill with NaN, or with the largest number of an integer dtype."""
+    with torch.no_grad():
+        if tensor.dtype.is_floating_point:
+            tensor.fill_(torch.nan)
+        elif tensor.dtype is not torch.bool and not tensor.dtype.is_complex:
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
+    return tensor
+
+
+def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_and_poison(*arguments: Any, **options: Any) -> Tensor:
+        return poison(allocate(*arguments, **options))
+
+    return allocate_and_poison
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh tensors hold NaN or an impossible index, those from the pool of large buffers too."""
+    # A call that is kept from before would allocate as it did then.
+    kept_calls = importlib.import_module("qlae_kernels.latent_quantize")._cached_call
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+    monkeypatch.setattr(latent_quantize_cpu, "_pooled_like", poisoning(latent_quantize_cpu._pooled_like))
+    kept_calls.cache_clear()
+    yield
+    kept_calls.cache_clear()
