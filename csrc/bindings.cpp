@@ -15,18 +15,16 @@ constexpr int64_t kReleaseLockElements = 32768;
 // Owns a block of the pool for as long as a tensor refers to it.
 class PooledBuffer {
  public:
-  explicit PooledBuffer(int64_t bytes)
-      : bytes_(bytes), block_(qlae::BufferPool::instance().acquire(bytes, capacity_)) {}
-  ~PooledBuffer() { qlae::BufferPool::instance().release(block_, capacity_); }
+  explicit PooledBuffer(int64_t bytes) : bytes_(bytes), block_(qlae::BufferPool::instance().acquire(bytes)) {}
+  ~PooledBuffer() { qlae::BufferPool::instance().release(block_); }
   PooledBuffer(const PooledBuffer&) = delete;
   PooledBuffer& operator=(const PooledBuffer&) = delete;
 
-  py::buffer_info view() { return {static_cast<uint8_t*>(block_), bytes_}; }
+  py::buffer_info view() { return {static_cast<uint8_t*>(block_.memory), bytes_}; }
 
  private:
   int64_t bytes_;
-  int64_t capacity_ = 0;
-  void* block_;
+  qlae::BufferPool::Block block_;
 };
 
 template <class T>
@@ -111,6 +109,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("set_max_idle_bytes", [](int64_t bytes) { qlae::BufferPool::instance().set_max_idle_bytes(bytes); });
   module.def("max_idle_bytes", [] { return qlae::BufferPool::instance().max_idle_bytes(); });
   module.def("idle_bytes", [] { return qlae::BufferPool::instance().idle_bytes(); });
+  module.def("set_min_samples_to_sort", &qlae::set_min_samples_to_sort, py::arg("samples"));
   module.def("instruction_sets", &qlae::instruction_sets);
   module.def("active_instruction_set", &qlae::active_instruction_set);
   module.def("use_instruction_set", &qlae::use_instruction_set, py::arg("name"));

@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <iterator>
+#include <list>
 #include <mutex>
 #include <new>
 
@@ -17,55 +18,54 @@ namespace qlae {
 
 class BufferPool {
  public:
+  struct Block {
+    void* memory;
+    int64_t capacity;
+  };
+
   // Lives as long as the process: tensors may be freed after static destructors have run.
   static BufferPool& instance() {
     static BufferPool* pool = new BufferPool;
     return *pool;
   }
 
-  // A block of at least `bytes`, aligned to huge pages; give it back with its capacity.
-  void* acquire(int64_t bytes, int64_t& capacity) {
-    capacity = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  // A page-aligned block of at least `bytes`; large ones are aligned to huge pages.
+  Block acquire(int64_t bytes) {
+    const int64_t granule = granule_of(bytes);
+    const int64_t capacity = (bytes + granule - 1) / granule * granule;
     {
       std::lock_guard lock(mutex_);
-      const auto found = idle_.find(capacity);
-      if (found != idle_.end()) {
-        void* block = found->second;
-        idle_.erase(found);
+      // The block freed last is the likeliest to fit, and to be in the cache.
+      const auto found =
+          std::find_if(idle_.rbegin(), idle_.rend(), [&](const Block& block) { return block.capacity == capacity; });
+      if (found != idle_.rend()) {
+        const Block block = *found;
+        idle_.erase(std::next(found).base());
         idle_bytes_ -= capacity;
         return block;
       }
     }
-    void* block = ::operator new(capacity, std::align_val_t{kHugePage});
+    const Block block{::operator new(capacity, std::align_val_t(granule)), capacity};
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     // Advice: a kernel that declines it serves small pages, and nothing else changes.
-    (void)madvise(block, capacity, MADV_HUGEPAGE);
+    if (granule == kHugePage) (void)madvise(block.memory, capacity, MADV_HUGEPAGE);
 #endif
     return block;
   }
 
-  void release(void* block, int64_t capacity) {
-    {
-      std::lock_guard lock(mutex_);
-      if (idle_bytes_ + capacity <= max_idle_bytes_) {
-        idle_.emplace(capacity, block);
-        idle_bytes_ += capacity;
-        return;
-      }
-    }
-    free_block(block);
+  // Keeps the block for reuse; the blocks that have been idle longest make room.
+  void release(Block block) {
+    std::lock_guard lock(mutex_);
+    idle_.push_back(block);
+    idle_bytes_ += block.capacity;
+    shrink_to(max_idle_bytes_);
   }
 
   // Frees idle blocks until at most `bytes` are kept, now and from now on.
   void set_max_idle_bytes(int64_t bytes) {
     std::lock_guard lock(mutex_);
     max_idle_bytes_ = bytes;
-    while (idle_bytes_ > max_idle_bytes_) {
-      const auto last = std::prev(idle_.end());
-      idle_bytes_ -= last->first;
-      free_block(last->second);
-      idle_.erase(last);
-    }
+    shrink_to(bytes);
   }
 
   int64_t max_idle_bytes() {
@@ -79,12 +79,23 @@ class BufferPool {
   }
 
  private:
+  static constexpr int64_t kPage = 4096;
   static constexpr int64_t kHugePage = int64_t{2} << 20;
 
-  static void free_block(void* block) { ::operator delete(block, std::align_val_t{kHugePage}); }
+  static int64_t granule_of(int64_t bytes) { return bytes >= kHugePage ? kHugePage : kPage; }
+
+  void shrink_to(int64_t bytes) {
+    while (idle_bytes_ > bytes) {
+      const Block block = idle_.front();
+      idle_.pop_front();
+      idle_bytes_ -= block.capacity;
+      ::operator delete(block.memory, std::align_val_t(granule_of(block.capacity)));
+    }
+  }
 
   std::mutex mutex_;
-  std::multimap<int64_t, void*> idle_;
+  // The block freed last stands last.
+  std::list<Block> idle_;
   int64_t idle_bytes_ = 0;
   int64_t max_idle_bytes_ = int64_t{1} << 30;
 };

@@ -3,6 +3,7 @@
 #include "latent_quantize_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -26,9 +27,10 @@ using cpu::Search;
 using cpu::Traversal;
 using cpu::Work;
 
-// Measured crossovers (docs/latent_quantize.md): samples per latent that repay sorting the codebook, and codes per
-// vector lane up to which comparing to every boundary is faster than searching in cells.
-constexpr int64_t kMinSamplesToSort = 512;
+// Measured crossovers: samples per latent that repay sorting the codebook (with few codes it takes more of them), and
+// codes per vector lane up to which comparing to every boundary is faster than searching in cells.
+std::atomic<int64_t> min_samples_to_sort = 512;
+constexpr int64_t kMinCodesToSort = 64;
 constexpr int64_t kThresholdCodesPerLane = 4;
 // Codes per latent up to which summing by table row is faster than adding element by element.
 constexpr int64_t kMaxRowsToSum = 64;
@@ -311,7 +313,9 @@ Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, const Co
   const int64_t count = codebook.rows * codebook.stride;
   // A NaN code makes every z of its row an exception, and the direct search knows none.
   const bool has_nan = std::any_of(codes, codes + count, [](T code) { return code != code; });
-  if (samples < kMinSamplesToSort && !has_nan) return Search::kDirect;
+  const int64_t enough = min_samples_to_sort.load(std::memory_order_relaxed);
+  const bool sort = samples >= enough && samples * max_codes >= enough * kMinCodesToSort;
+  if (!sort && !has_nan) return Search::kDirect;
   // Vector lanes hold 32-bit positions in the cell tables.
   const bool fits = codebook.rows * 4 * max_codes < std::numeric_limits<int32_t>::max();
   if (!fits) return has_nan ? Search::kThresholds : Search::kDirect;
@@ -462,6 +466,8 @@ void latent_quantize_backward(const BackwardArguments& arguments) {
   if (arguments.value_type == ValueType::kFloat64) return backward<double>(arguments, kernels().backward_double);
   backward<float>(arguments, kernels().backward_float);
 }
+
+int64_t set_min_samples_to_sort(int64_t samples) { return min_samples_to_sort.exchange(samples); }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

@@ -71,7 +71,7 @@ if _native is not None and "QLAE_CPU_INSTRUCTION_SET" in os.environ:
 
 
 # Outputs of this size and more come from the pool; smaller ones the system's allocator recycles by itself.
-_POOLED_BYTES = 8 << 20
+_POOLED_BYTES = 256 << 10
 
 
 def empty_cache() -> None:
