@@ -47,7 +47,7 @@ class TrainConfig:
     """Number of latents."""
     levels: Annotated[int, arg(metavar="K")] = 10
     """Codes per latent."""
-    steps: Annotated[int, arg(metavar="N")] = 25_000
+    steps: Annotated[int, arg(metavar="N")] = 20_000
     """Training steps."""
     batch_size: Annotated[int, arg(metavar="N")] = 64
     """Images per step."""

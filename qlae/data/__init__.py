@@ -65,9 +65,7 @@ def held_out_split(length: int) -> tuple[Tensor, Tensor]:
         UserError: fewer than two images.
     """
     if length < 2:
-        raise UserError(
-            f"{length} image(s) cannot be split: give at least 2, one to train on and one to evaluate"
-        )
+        raise UserError(f"{length} image(s) cannot be split: give at least 2, one to train on and one to evaluate")
     count = max(1, min(EVALUATION_IMAGES, length // 10))
     order = torch.randperm(length, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return order[count:].sort().values, order[:count].sort().values

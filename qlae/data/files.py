@@ -73,9 +73,7 @@ def read_note(path: Path) -> dict[str, int | str] | None:
 def file_digest(path: Path, algorithm: str) -> str:
     """The file's digest in hexadecimal, with a progress bar on stderr where that is a terminal."""
     digest = hashlib.new(algorithm)
-    progress = tqdm(
-        total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=None
-    )
+    progress = tqdm(total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=None)
     with path.open("rb") as file, progress:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)

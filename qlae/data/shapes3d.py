@@ -156,9 +156,7 @@ def check_labels(path: Path, labels: np.ndarray, release: Release) -> None:
         columns.append(positions)
     index = index_of_factors(torch.from_numpy(np.stack(columns, axis=1)), release.factors)
     if not torch.equal(index, torch.arange(release.length)):
-        raise UserError(
-            f"{path} is not Shapes3D: its images are not in the published order; download {ADDRESS}"
-        )
+        raise UserError(f"{path} is not Shapes3D: its images are not in the published order; download {ADDRESS}")
 
 
 def decode(images: h5py.Dataset, target: Path) -> None:
@@ -166,17 +164,13 @@ def decode(images: h5py.Dataset, target: Path) -> None:
     folder = target.parent
     wanted, free = images.size, shutil.disk_usage(folder).free
     if wanted > free:
-        raise UserError(
-            f"no room in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        )
+        raise UserError(f"no room in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     chunk = images.chunks[0] if images.chunks else 1
     step = chunk * max(1, DECODE_IMAGES // chunk)
     try:
         decoded = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=images.shape)
-        with tqdm(
-            total=len(images), desc=f"decoding to {target.name}", unit=" images", disable=None
-        ) as progress:
+        with tqdm(total=len(images), desc=f"decoding to {target.name}", unit=" images", disable=None) as progress:
             for start in range(0, len(images), step):
                 block = images[start : start + step]
                 decoded[start : start + len(block)] = block

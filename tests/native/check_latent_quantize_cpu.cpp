@@ -110,6 +110,8 @@ struct Case {
   IndexType index_type;
   int64_t shift;
   int threads;
+  // Sort the codebook of small inputs too.
+  bool sort;
 };
 
 std::mt19937_64 generator(20240229);
@@ -200,11 +202,11 @@ int64_t index_bytes(IndexType type) { return int64_t{1} << static_cast<int>(type
 [[noreturn]] void fail(const Case& c, ValueType type, const std::string& what, int64_t position) {
   std::printf(
       "FAILED %s: %s at %lld; type %d, layout %lld x %lld x %lld, stride %lld, codes %d, shared %d, ragged %d, "
-      "hostile z %d, index type %d, shift %lld, threads %d\n",
+      "hostile z %d, index type %d, shift %lld, threads %d, sort %d\n",
       active_instruction_set().c_str(), what.c_str(), static_cast<long long>(position), static_cast<int>(type),
       static_cast<long long>(c.layout.outer), static_cast<long long>(c.layout.num_latents),
       static_cast<long long>(c.layout.inner), static_cast<long long>(c.stride), static_cast<int>(c.codes), c.shared,
-      c.ragged, c.hostile_z, static_cast<int>(c.index_type), static_cast<long long>(c.shift), c.threads);
+      c.ragged, c.hostile_z, static_cast<int>(c.index_type), static_cast<long long>(c.shift), c.threads, c.sort);
   std::exit(1);
 }
 
@@ -244,6 +246,7 @@ void run_case(const Case& c) {
     counts[code] += 1;
     grad_quantized[position] = element<E>(uniform() - 0.5);
   }
+  set_min_samples_to_sort(c.sort ? 0 : int64_t{512});
   const CodebookView view{codes.data(), rows, c.stride, c.ragged ? levels.data() : nullptr};
   const T grad_loss = 3;
   const double quantization_weight = 0.75, commitment_weight = 0.5, epsilon = std::numeric_limits<T>::epsilon();
@@ -310,36 +313,43 @@ void run_type() {
         const int first_type = stride > 256 ? 1 : 0;
         run_case<E>({layout, stride, kAllCodes[number % std::size(kAllCodes)], number % 5 == 1, number % 3 == 1,
                      number % 2 == 0, static_cast<IndexType>(std::max(first_type, number / 2 % 4)), number / 3 % 2,
-                     1 + number % 2});
+                     1 + number % 2, number % 4 != 3});
       }
     }
   }
   // Tables that leave the small workspace, so that a read beyond one of them shows.
   for (const Codes codes : {Codes::kUnsorted, Codes::kClustered, Codes::kHostile})
-    run_case<E>({{520, 32, 1}, 600, codes, false, codes == Codes::kUnsorted, true, IndexType::kInt16, 0, 1});
+    run_case<E>({{520, 32, 1}, 600, codes, false, codes == Codes::kUnsorted, true, IndexType::kInt16, 0, 1, true});
   // Outputs large enough for non-temporal stores, with and without whole vectors.
   const int64_t large = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(E)) + 640;
-  run_case<E>({{large / 32, 32, 1}, 3, Codes::kUnsorted, false, false, false, IndexType::kUInt8, 0, 2});
-  run_case<E>({{1, 2, large / 2}, 3, Codes::kUnsorted, false, true, true, IndexType::kInt64, 0, 2});
+  run_case<E>({{large / 32, 32, 1}, 3, Codes::kUnsorted, false, false, false, IndexType::kUInt8, 0, 2, true});
+  run_case<E>({{1, 2, large / 2}, 3, Codes::kUnsorted, false, true, true, IndexType::kInt64, 0, 2, true});
 }
 
-// Blocks come back to the one size that they had, and are all writable to the end.
+// Blocks are writable to the end, come back to the next request of their size, and are freed as they were allocated.
 void run_pool() {
   BufferPool& pool = BufferPool::instance();
-  int64_t capacity = 0, again_capacity = 0;
-  void* block = pool.acquire(3 << 20, capacity);
-  std::memset(block, 1, capacity);
-  pool.release(block, capacity);
-  void* again = pool.acquire((3 << 20) + 1, again_capacity);
-  if (again != block || again_capacity != capacity || pool.idle_bytes() != 0) std::exit(1);
-  pool.release(again, again_capacity);
-  pool.set_max_idle_bytes(0);
-  if (pool.idle_bytes() != 0) std::exit(1);
+  for (const int64_t bytes :
+       {int64_t{1}, int64_t{300} << 10, (int64_t{2} << 20) - 1, int64_t{2} << 20, int64_t{3} << 20}) {
+    const BufferPool::Block block = pool.acquire(bytes);
+    std::memset(block.memory, 1, block.capacity);
+    pool.release(block);
+    const BufferPool::Block again = pool.acquire(bytes);
+    if (block.capacity < bytes || again.memory != block.memory || pool.idle_bytes() != 0) {
+      std::printf("FAILED pool: %lld bytes\n", static_cast<long long>(bytes));
+      std::exit(1);
+    }
+    pool.release(again);
+    pool.set_max_idle_bytes(0);
+    pool.set_max_idle_bytes(1 << 30);
+  }
 }
 
 }  // namespace
 
 int main() {
+  // Sorting searches with little data.
+  set_min_samples_to_sort(64);
   run_type<float>();
   run_type<double>();
   run_type<Half>();

@@ -64,4 +64,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyDataset:
 
 @pytest.fixture
 def tiny_config(tiny: TinyDataset) -> TrainConfig:
-    return TrainConfig(data="tiny", steps=20, evaluation_every=8, batch_size=24, device="cpu")
+    return TrainConfig(
+        data="tiny",
+        steps=20,
+        evaluation_every=8,
+        batch_size=24,
+        learning_rate=1e-3,
+        schedule="constant",
+        device="cpu",
+    )

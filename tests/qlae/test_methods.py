@@ -11,7 +11,14 @@ from qlae.methods import METHODS, Method, build_method
 from qlae.methods.base import batch_psnr, clip_gradients, split_parameters
 from qlae.metrics import psnr
 
-CONFIG = TrainConfig(num_latents=6, levels=5, quantization_weight=0.3, commitment_weight=0.2)
+CONFIG = TrainConfig(
+    num_latents=6,
+    levels=5,
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    quantization_weight=0.3,
+    commitment_weight=0.2,
+)
 SHAPE = (3, 4, 4)
 
 

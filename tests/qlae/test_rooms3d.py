@@ -86,9 +86,7 @@ def test_every_step_of_every_factor_shows(rooms: Rooms3D, position: int) -> None
 
 def test_orientation_shows_beside_a_round_object(rooms: Rooms3D) -> None:
     sphere = SHAPES.index("sphere")
-    images = rooms.images(
-        index_of_factors(torch.tensor([[0, 3, 6, 0, sphere, o] for o in range(15)]), FACTORS)
-    )
+    images = rooms.images(index_of_factors(torch.tensor([[0, 3, 6, 0, sphere, o] for o in range(15)]), FACTORS))
     differences = torch.cdist(images.flatten(1), images.flatten(1)) + torch.eye(15) * 10
     assert differences.min() > 0.1
 

@@ -147,9 +147,7 @@ def test_other_content(path: Path) -> None:
         ({"labels": np.round(labels())}, "'f0' has 1 values, wanted 2"),
     ],
 )
-def test_wrong_arrays(
-    path: Path, pixels: np.ndarray, change: dict[str, np.ndarray | None], message: str
-) -> None:
+def test_wrong_arrays(path: Path, pixels: np.ndarray, change: dict[str, np.ndarray | None], message: str) -> None:
     arrays = {"images": pixels, "labels": labels()} | change
     release = write(path, {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(UserError, match=message):

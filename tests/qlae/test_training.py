@@ -268,7 +268,7 @@ def test_a_loss_that_diverges_stops_with_its_step_and_the_last_good_checkpoint(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     def poison(trainer: Trainer) -> None:
-        trainer.method.decoder[-2].bias.data.fill_(value)
+        trainer.method.decoder.bias.data.fill_(value)
 
     do_before_step(monkeypatch, 12, poison)
     with pytest.raises(DivergedError, match=rf"in step 13; the last good checkpoint is .*{tmp_path}.*of step 8"):
@@ -283,7 +283,7 @@ def test_an_interrupted_run_that_has_diverged_is_not_saved(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poison_and_interrupt(trainer: Trainer) -> None:
-        trainer.method.decoder[-2].bias.data.fill_(math.nan)
+        trainer.method.decoder.bias.data.fill_(math.nan)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(training, "LOOK_SECONDS", math.inf)
@@ -303,11 +303,11 @@ def test_weights_that_are_not_finite_are_never_saved(
     def training_step(method: QLAE, images: torch.Tensor) -> dict[str, torch.Tensor]:
         values = original(method, images)
         if next(steps) == 8:
-            method.encoder[1].weight.data[0, 0] = math.nan
+            method.encoder.dense[0].weight.data[0, 0] = math.nan
         return values
 
     monkeypatch.setattr(QLAE, "training_step", training_step)
-    with pytest.raises(DivergedError, match=r"after step 8 the weights encoder\.1\.weight .*no checkpoint"):
+    with pytest.raises(DivergedError, match=r"after step 8 the weights encoder\.dense\.0\.weight .*no checkpoint"):
         quiet(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()
 
@@ -384,7 +384,7 @@ def test_the_sampler_goes_on_where_it_was(taken: int) -> None:
 
 
 def test_constant_schedule_with_warm_up() -> None:
-    config = TrainConfig(steps=100, warmup_steps=4)
+    config = TrainConfig(steps=100, schedule="constant", warmup_steps=4)
     assert [learning_rate_factor(config, step) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
 
 

@@ -3,7 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,25 @@ from qlae_kernels import available_backends, latent_quantize_cpu
 sys.path.insert(0, str(Path(__file__).parent))
 
 INSTRUCTION_SETS = latent_quantize_cpu.instruction_sets() if "cpu" in available_backends() else ()
-VARIANTS = [name for name in available_backends() if name != "cpu"] + [f"cpu-{name}" for name in INSTRUCTION_SETS]
+# The kernels sort the codebook for large inputs only; sorted from the first sample on, small ones show every search.
+VARIANTS = [name for name in available_backends() if name != "cpu"] + [
+    f"cpu-{name}{sorting}" for name in INSTRUCTION_SETS for sorting in ("", "-sorted")
+]
+
+
+@contextmanager
+def sorting_from(samples: int) -> Iterator[None]:
+    """Sort the codebook from this many samples per latent on; never, where they are very many."""
+    before = latent_quantize_cpu._native.set_min_samples_to_sort(samples)
+    yield
+    latent_quantize_cpu._native.set_min_samples_to_sort(before)
+
+
+@pytest.fixture(params=[0, 1 << 40], ids=["sorted", "direct"])
+def search(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The searches in a sorted codebook, and the direct one."""
+    with sorting_from(request.param):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +48,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=VARIANTS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a backend; `cpu` once with each instruction set that this machine runs."""
-    name, _, instruction_set = request.param.partition("-")
-    with latent_quantize_cpu.use_instruction_set(instruction_set) if instruction_set else nullcontext():
+    """The name of a backend; `cpu` with each instruction set that this machine runs and each kind of search."""
+    name, *choices = request.param.split("-")
+    with (
+        latent_quantize_cpu.use_instruction_set(choices[0]) if choices else nullcontext(),
+        sorting_from(0) if "sorted" in choices else nullcontext(),
+    ):
         yield name
 
 
