@@ -9,9 +9,9 @@ from torch import Tensor
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
-# The CPU kernels add at most this many values in one float before the sum moves on to double (csrc: a unit of a run
-# holds 4096 elements; elsewhere a lane is emptied after 512 vectors and at most one more unit of 256 or 1024).
-LONGEST_FLOAT_SUM = 4096
+# The CPU kernels add at most this many values in one float before the sum moves on to double (csrc: they move after 512
+# vectors, or after the unit in which these are reached, which holds 2048 vectors of two doubles at most).
+LONGEST_FLOAT_SUM = 2560
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
