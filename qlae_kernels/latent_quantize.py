@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from qlae_kernels import latent_quantize_reference
@@ -83,7 +84,7 @@ def latent_quantize(
     """
     if levels is not None:
         levels = _as_levels(levels)
-    if torch.compiler.is_compiling() or type(z) not in _PLAIN_TENSORS or type(codebook) not in _PLAIN_TENSORS:
+    if is_compiling() or type(z) not in _PLAIN_TENSORS or type(codebook) not in _PLAIN_TENSORS:
         from qlae_kernels.latent_quantize_ops import latent_quantize_op
 
         check_tensors(z, codebook)
@@ -178,7 +179,8 @@ def gradients_of(
         # A gradient of the gradient is wanted: plain PyTorch records it.
         backward = latent_quantize_reference.prepare(call.problem)[1]
     else:
-        grad_loss = grad_loss.resolve_neg()
+        if grad_loss.is_neg():
+            grad_loss = grad_loss.resolve_neg()
         if grad_quantized is not None and not has_strides_of(grad_quantized, z):
             grad_quantized = torch.empty_like(z).copy_(grad_quantized)
     codes = for_kernels(codebook, call)
