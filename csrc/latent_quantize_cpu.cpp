@@ -312,7 +312,8 @@ Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, const Co
   const T* codes = static_cast<const T*>(codebook.values);
   const int64_t count = codebook.rows * codebook.stride;
   // A NaN code makes every z of its row an exception, and the direct search knows none.
-  const bool has_nan = std::any_of(codes, codes + count, [](T code) { return code != code; });
+  bool has_nan = false;
+  for (int64_t code = 0; code < count; ++code) has_nan |= codes[code] != codes[code];
   const int64_t enough = min_samples_to_sort.load(std::memory_order_relaxed);
   const bool sort = samples >= enough && samples * max_codes >= enough * kMinCodesToSort;
   if (!sort && !has_nan) return Search::kDirect;

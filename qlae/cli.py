@@ -78,7 +78,7 @@ class Traverse:
 
 @dataclass(frozen=True)
 class Data:
-    """Say which data sets there are, and whether their files are here."""
+    """Say which data sets there are, and which files they need."""
 
     action: Positional[Literal["list"]] = "list"
     """What to do."""

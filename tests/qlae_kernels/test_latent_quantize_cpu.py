@@ -12,6 +12,7 @@ from latent_quantize_statement import (
     assert_same_bits,
     assert_within,
     compute_dtype,
+    gamma,
     gradients,
     nearest,
     quantized_at,
@@ -180,15 +181,21 @@ def test_outputs_larger_than_the_cache(
     torch.testing.assert_close(got[2], grad_quantized + residual, rtol=4e-7, atol=1e-12)
 
 
-def test_sums_do_not_lose_what_a_single_float_would(instruction_set: str, search: None) -> None:
-    # Equal residuals are rounded the same way again and again: one float sum over all of them is off by percents.
-    for shape in ((1_500_000, 1), (1, 2, 700_000)):
-        z = torch.full(shape, 0.1)
-        codebook = torch.zeros(shape[1], 2) + torch.tensor([0.0, 9.0])
-        expected = gradients(z, codebook, None, 1.0, longest_sum=LONGEST_FLOAT_SUM, **WEIGHTS)
-        *_, loss, grad_codebook = forward_and_backward(z, codebook, torch.zeros_like(z))
-        assert_within(loss, expected.loss, expected.loss_bound)
-        assert_within(grad_codebook, expected.grad_codebook, expected.grad_codebook_bound)
+@pytest.mark.parametrize("shape", [(8_000_000, 1), (1, 2, 4_000_000)], ids=["periodic", "runs"])
+def test_sums_do_not_lose_what_a_single_float_would(search: None, shape: tuple[int, ...]) -> None:
+    # Equal residuals are rounded the same way again and again. With four lanes and 64 parts a lane meets 31,250 of them;
+    # one float sum over so many of these is off by 4e-4, almost three times the bound.
+    residual = torch.tensor(0.51514655)
+    codebook = torch.tensor([0.0, 9.0]).repeat(shape[1], 1).requires_grad_()
+    with latent_quantize_cpu.use_instruction_set("baseline"):
+        loss = latent_quantize(residual.expand(shape).contiguous(), codebook, backend="cpu", **WEIGHTS).loss
+        loss.backward()
+    relative = gamma(LONGEST_FLOAT_SUM + 8, torch.float32)
+    want = sum(WEIGHTS.values()) * residual.double().square()
+    assert_within(loss, want, relative * want)
+    want = -2 * WEIGHTS["quantization_weight"] / shape[1] * residual.double().expand(shape[1])
+    assert_within(codebook.grad[:, 0], want, relative * want.abs())
+    assert (codebook.grad[:, 1] == 0).all()
 
 
 def test_calls_from_several_python_threads(instruction_set: str) -> None:
