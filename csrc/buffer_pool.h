@@ -45,7 +45,7 @@ class BufferPool {
         return block;
       }
     }
-    const Block block{::operator new(capacity, std::align_val_t(granule)), capacity};
+    const Block block{::operator new(capacity, std::align_val_t(granule_of(capacity))), capacity};
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     // Advice: a kernel that declines it serves small pages, and nothing else changes.
     if (granule == kHugePage) (void)madvise(block.memory, capacity, MADV_HUGEPAGE);
