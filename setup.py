@@ -29,6 +29,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            # A cache of an earlier build names tools of a build environment that pip has deleted.
+            "--fresh",
             "-S",
             str(ROOT),
             "-B",

@@ -301,7 +301,7 @@ def _levels_tensor(levels: tuple[int, ...] | None, codebook_shape: torch.Size) -
             f"levels must be {rows} numbers of 1..{columns} for a codebook of shape {tuple(codebook_shape)}; "
             f"got {levels}"
         )
-    return torch.tensor(levels, dtype=torch.int64)
+    return torch.tensor(levels, dtype=torch.int64, device="cpu")
 
 
 def _short(dtype: object) -> str:

@@ -118,7 +118,7 @@ def prepare(problem: Problem) -> tuple[Forward, Backward]:
         problem.commitment_weight,
     )
     native_forward, native_backward = native.forward, native.backward
-    scalar = torch.empty((), dtype=problem.compute_dtype)
+    scalar = torch.empty((), dtype=problem.compute_dtype, device="cpu")
     # Allocating like a tensor is faster than from a size and a dtype.
     empty_like = torch.empty_like
     value_like = _pooled_like if problem.size * problem.value_dtype.itemsize >= _POOLED_BYTES else empty_like
