@@ -97,7 +97,8 @@ def _pooled_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor with z's shape and strides, its memory from the pool."""
     dtype = dtype or z.dtype
     memory = torch.frombuffer(_native.PooledBuffer(z.numel() * dtype.itemsize), dtype=dtype)
-    return memory.as_strided(z.shape, z.stride())
+    # A tensor of its own, not a view: users may change it in place.
+    return torch.empty(0, dtype=dtype, device="cpu").set_(memory.untyped_storage(), 0, z.shape, z.stride())
 
 
 def prepare(problem: Problem) -> tuple[Forward, Backward]:

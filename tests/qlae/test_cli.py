@@ -18,7 +18,6 @@ from qlae.cli import main
 from qlae.config import TrainConfig, option
 from qlae.training import Trainer
 
-ROOT = Path(__file__).parents[2]
 QUICK = ["--data", "tiny", "--steps", "6", "--evaluation-every", "3", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -279,8 +278,8 @@ def test_divergence_exits_with_1(
 
 def test_a_process_stops_on_sigint_and_goes_on(images: Path) -> None:
     """As a person types it: start, interrupt, resume, score."""
-    command = [sys.executable, "-m", "qlae"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "qlae"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = ["--data", "pictures", "--evaluation-every", "20", "--device", "cpu", "--output", "run"]
     process = subprocess.Popen(
         [*command, "train", "--steps", "1000000", *options],

@@ -17,7 +17,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     lines = f"import torch\nfrom qlae_kernels import *\n{code}"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("QLAE_")}
     return subprocess.run(
-        [sys.executable, "-c", lines], capture_output=True, text=True, env=clean | environment, check=False
+        [sys.executable, "-P", "-c", lines], capture_output=True, text=True, env=clean | environment, check=False
     )
 
 
@@ -102,7 +102,7 @@ runpy.run_module("qlae_kernels", run_name="__main__")
 
 
 def test_without_the_compiled_module_the_reference_serves_and_says_so() -> None:
-    run = subprocess.run([sys.executable, "-c", WITHOUT_NATIVE], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-P", "-c", WITHOUT_NATIVE], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     names, loss, error, *listing = run.stdout.splitlines()
     assert names == "('reference',)"
@@ -115,7 +115,7 @@ def test_without_the_compiled_module_the_reference_serves_and_says_so() -> None:
 
 
 def test_the_module_prints_every_backend_and_why_one_is_absent() -> None:
-    run = subprocess.run([sys.executable, "-m", "qlae_kernels"], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-P", "-m", "qlae_kernels"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     lines = {line.split()[0]: line for line in run.stdout.splitlines() if line.strip()}
     for name in available_backends():
