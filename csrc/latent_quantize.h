@@ -20,7 +20,7 @@ struct LatentLayout {
   int64_t num_latents;
   int64_t inner;
 
-  QLAE_HOST_DEVICE int64_t size() const { return outer * num_latents * inner; }
+  [[gnu::always_inline]] QLAE_HOST_DEVICE int64_t size() const { return outer * num_latents * inner; }
 };
 
 // Scalar codes in the compute type, [rows, stride] row-major; rows == 1 means that all latents share one row.
@@ -31,14 +31,17 @@ struct CodebookView {
   int64_t stride;
   const int64_t* levels;
 
-  QLAE_HOST_DEVICE int64_t row(int64_t latent) const { return rows == 1 ? 0 : latent; }
-  QLAE_HOST_DEVICE int64_t num_codes(int64_t latent) const { return levels ? levels[latent] : stride; }
+  [[gnu::always_inline]] QLAE_HOST_DEVICE int64_t row(int64_t latent) const { return rows == 1 ? 0 : latent; }
+  [[gnu::always_inline]] QLAE_HOST_DEVICE int64_t num_codes(int64_t latent) const {
+    return levels ? levels[latent] : stride;
+  }
 };
 
 // The smallest k that attains the minimum of |z - codes[k]| in T's arithmetic, as argmin finds it: a NaN distance
 // counts as smaller than any number. A z that is not finite belongs to no code and yields 0.
+// Internal linkage: each instruction set has its own copy.
 template <class T>
-QLAE_HOST_DEVICE inline int64_t nearest_code(T z, const T* codes, int64_t num_codes) {
+QLAE_HOST_DEVICE static inline int64_t nearest_code(T z, const T* codes, int64_t num_codes) {
   if (!(z - z == T(0))) return 0;
   auto distance = [&](int64_t k) {
     const T difference = z - codes[k];

@@ -81,11 +81,6 @@ class Workspace {
   std::vector<std::pair<std::byte*, int64_t>> blocks_;
 };
 
-const Kernels*& active_kernels() {
-  static const Kernels* active = nullptr;
-  return active;
-}
-
 std::vector<const Kernels*> runnable_kernels() {
   std::vector<const Kernels*> runnable{&cpu::kBaselineKernels};
 #ifdef QLAE_X86_VARIANTS
@@ -99,9 +94,15 @@ std::vector<const Kernels*> runnable_kernels() {
   return runnable;
 }
 
-const Kernels& kernels() {
-  if (!active_kernels()) active_kernels() = runnable_kernels().back();
-  return *active_kernels();
+// Another thread may choose other kernels at any time: a call reads this once and keeps what it got.
+std::atomic<const Kernels*>& active_kernels() {
+  static std::atomic<const Kernels*> active = runnable_kernels().back();
+  return active;
+}
+
+template <class T>
+int64_t lanes_of(const Kernels& kernels) {
+  return kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
 }
 
 // How z is traversed, and which codebook row each lane of each column belongs to.
@@ -302,9 +303,15 @@ void build_cell_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64
       most_in_one_cell = std::max(most_in_one_cell, rank - before);
     }
   }
-  work.cells = {cells,   stride,  static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most_in_one_cell))),
-                starts,  values,  thresholds,
-                indices, origins, scales};
+  work.cells = {cells,
+                stride,
+                static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most_in_one_cell))),
+                starts,
+                values,
+                thresholds,
+                sorted_already ? nullptr : indices,
+                origins,
+                scales};
 }
 
 template <class T>
@@ -317,8 +324,9 @@ Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, const Co
   const int64_t enough = min_samples_to_sort.load(std::memory_order_relaxed);
   const bool sort = samples >= enough && samples * max_codes >= enough * kMinCodesToSort;
   if (!sort && !has_nan) return Search::kDirect;
-  // Vector lanes hold 32-bit positions in the cell tables.
-  const bool fits = codebook.rows * 4 * max_codes < std::numeric_limits<int32_t>::max();
+  // Vector lanes hold 32-bit positions in the cell tables,
+  // and T must hold a cell's number exactly.
+  const bool fits = codebook.rows * 4 * max_codes < std::numeric_limits<int32_t>::max() && max_codes <= 1 << 22;
   if (!fits) return has_nan ? Search::kThresholds : Search::kDirect;
   return max_codes <= kThresholdCodesPerLane * lanes ? Search::kThresholds : Search::kCells;
 }
@@ -329,11 +337,10 @@ int64_t max_num_codes(const CodebookView& codebook) {
 }
 
 template <class T>
-void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const CodebookView& codebook) {
+void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const CodebookView& codebook, int64_t lanes) {
   using Index = typename cpu::VectorIndex<T>::type;
   // A shared codebook makes all elements alike.
   if (codebook.rows == 1) layout = {1, 1, layout.size()};
-  const int64_t lanes = kernels().vector_bytes / static_cast<int64_t>(sizeof(T));
   const int64_t max_codes = max_num_codes(codebook);
   work.codebook = codebook;
   work.traversal = plan_traversal(layout, lanes, max_codes);
@@ -365,8 +372,7 @@ int64_t element_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 :
 
 // Whole aligned vectors only, and outputs that the cache would not keep.
 template <class T>
-bool may_stream(const Work<T>& work, std::initializer_list<const void*> outputs, int64_t bytes) {
-  const int64_t lanes = kernels().vector_bytes / static_cast<int64_t>(sizeof(T));
+bool may_stream(const Work<T>& work, std::initializer_list<const void*> outputs, int64_t bytes, int64_t lanes) {
   const bool aligned = std::all_of(outputs.begin(), outputs.end(),
                                    [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; });
   return aligned && bytes >= kStreamBytes && work.traversal.segment % lanes == 0;
@@ -391,16 +397,16 @@ void assign_units(W& work, int64_t part, int64_t parts) {
 }
 
 template <class T>
-void forward(const ForwardArguments& arguments, void (*kernel)(const ForwardWork<T>&)) {
+void forward(const ForwardArguments& arguments, void (*kernel)(const ForwardWork<T>&), int64_t lanes) {
   const int64_t size = arguments.layout.size();
   double squared_error = 0;
   if (size > 0) {
     Workspace workspace;
     ForwardWork<T> work{};
     work.arguments = &arguments;
-    prepare<T>(work, workspace, arguments.layout, arguments.codebook);
+    prepare<T>(work, workspace, arguments.layout, arguments.codebook, lanes);
     work.stream =
-        may_stream(work, {arguments.quantized, arguments.indices}, size * element_bytes(arguments.value_type));
+        may_stream(work, {arguments.quantized, arguments.indices}, size * element_bytes(arguments.value_type), lanes);
     const int64_t parts = count_parts(work.traversal, sizeof(double));
     double* sums = workspace.zeros<double>(parts);
     for_each_part(parts, arguments.threads, [&](int64_t part) {
@@ -417,7 +423,7 @@ void forward(const ForwardArguments& arguments, void (*kernel)(const ForwardWork
 }
 
 template <class T>
-void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardWork<T>&)) {
+void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardWork<T>&), int64_t lanes) {
   const int64_t size = arguments.layout.size();
   const int64_t num_codes = arguments.codebook.rows * arguments.codebook.stride;
   T* grad_codebook = static_cast<T*>(arguments.grad_codebook);
@@ -430,15 +436,14 @@ void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardW
       2.0 * static_cast<double>(*static_cast<const T*>(arguments.grad_loss)) / static_cast<double>(size);
   work.arguments = &arguments;
   work.residual_scale = static_cast<T>(scale * arguments.commitment_weight);
-  prepare<T>(work, workspace, arguments.layout, arguments.codebook);
+  prepare<T>(work, workspace, arguments.layout, arguments.codebook, lanes);
   const int64_t value_bytes = size * element_bytes(arguments.value_type);
-  work.stream = may_stream(work, {arguments.grad_z}, value_bytes);
+  work.stream = may_stream(work, {arguments.grad_z}, value_bytes, lanes);
 
-  const int64_t parts = count_parts(work.traversal, num_codes * static_cast<int64_t>(sizeof(double)));
   const bool by_row = grad_codebook && work.search != Search::kCells && work.columns.rows <= kMaxRowsToSum;
-  const int64_t scratch_size =
-      by_row ? work.traversal.columns * work.columns.rows * (kernels().vector_bytes / static_cast<int64_t>(sizeof(T)))
-             : 0;
+  const int64_t scratch_size = by_row ? work.traversal.columns * work.columns.rows * lanes : 0;
+  const int64_t partial_bytes = num_codes * int64_t{sizeof(double)} + scratch_size * int64_t{sizeof(T)};
+  const int64_t parts = count_parts(work.traversal, partial_bytes);
   double* sums = grad_codebook ? workspace.zeros<double>(parts * num_codes) : nullptr;
   T* scratch = by_row ? workspace.zeros<T>(parts * scratch_size) : nullptr;
   for_each_part(parts, arguments.threads, [&](int64_t part) {
@@ -459,13 +464,17 @@ void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardW
 }  // namespace
 
 void latent_quantize_forward(const ForwardArguments& arguments) {
-  if (arguments.value_type == ValueType::kFloat64) return forward<double>(arguments, kernels().forward_double);
-  forward<float>(arguments, kernels().forward_float);
+  const Kernels& kernels = *active_kernels().load();
+  if (arguments.value_type == ValueType::kFloat64)
+    return forward<double>(arguments, kernels.forward_double, lanes_of<double>(kernels));
+  forward<float>(arguments, kernels.forward_float, lanes_of<float>(kernels));
 }
 
 void latent_quantize_backward(const BackwardArguments& arguments) {
-  if (arguments.value_type == ValueType::kFloat64) return backward<double>(arguments, kernels().backward_double);
-  backward<float>(arguments, kernels().backward_float);
+  const Kernels& kernels = *active_kernels().load();
+  if (arguments.value_type == ValueType::kFloat64)
+    return backward<double>(arguments, kernels.backward_double, lanes_of<double>(kernels));
+  backward<float>(arguments, kernels.backward_float, lanes_of<float>(kernels));
 }
 
 int64_t set_min_samples_to_sort(int64_t samples) { return min_samples_to_sort.exchange(samples); }
@@ -476,7 +485,7 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-std::string active_instruction_set() { return kernels().name; }
+std::string active_instruction_set() { return active_kernels().load()->name; }
 
 void use_instruction_set(const std::string& name) {
   for (const Kernels* candidate : runnable_kernels()) {

@@ -9,6 +9,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def save_checkpoint(folder: Path, model: nn.Module, config: TrainConfig, state: 
         for name in (WEIGHTS, STATE):
             _flush(new / name)
         _swap(new, folder)
-    except (OSError, SafetensorError) as error:
+    # torch reports a full disk as a RuntimeError.
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot write the checkpoint {folder} ({error}): make room or mend the folder; "
             "the checkpoint before it is unharmed"
@@ -60,7 +62,11 @@ def load_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     weights, metadata = _read_weights(file)
     if "config" not in metadata:
         raise UserError(f"{file} does not say how it was trained: give a checkpoint that `qlae train` wrote")
-    trained = from_plain(json.loads(metadata["config"]), file)
+    try:
+        plain = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} does not say readably how it was trained ({error}): train a new run") from error
+    trained = from_plain(plain, file)
     changed = differences(trained, config)
     if changed:
         name = changed[0]
@@ -86,7 +92,10 @@ def load_training_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} is missing, so the run cannot go on: restore it, or train a new run")
     if not _is_whole_zip(file):
         raise UserError(f"{file} is truncated or damaged: restore it, or train a new run")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, KeyError) as error:
+        raise UserError(f"{file} holds no training state: restore it, or train a new run") from error
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -100,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"qlae: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A full disk or a folder that cannot be written, wherever a run meets it; the message names the file.
+        print(f"qlae: error: {error}: make room or mend the folder", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("qlae: stopped", file=sys.stderr)
         return 130

@@ -131,7 +131,8 @@ def complete(config: TrainConfig, dataset: Dataset) -> TrainConfig:
         config,
         data=data,
         root=root.resolve() if root is not None else None,
-        resolution=dataset.image_shape[1],
+        # A folder keeps its images' own shape, which one number cannot tell.
+        resolution=dataset.image_shape[1] if dataset.factors else config.resolution,
         num_latents=num_latents,
     )
 
@@ -302,6 +303,7 @@ class Trainer:
         """What, with the weights, decides how the run goes on."""
         return {
             "step": self.step,
+            "images": len(self.dataset),
             "seconds": self._seconds(),
             "rows": self.rows,
             "sums": self.means.sums,
@@ -313,7 +315,16 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Takes back what `state` gave.
+
+        Raises:
+            UserError: if the data has another number of images, and so another held-out split.
+        """
+        if state["images"] != len(self.dataset):
+            raise UserError(
+                f"the run was trained on {state['images']:,} images and the data has {len(self.dataset):,} now: "
+                "restore the images, or train a new run"
+            )
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         self.rows = state["rows"]

@@ -43,7 +43,9 @@ def select_backend(name: str, device_type: str) -> Backend:
         name = _ENVIRONMENT_BACKEND
         check_name(name, " (from the environment variable QLAE_BACKEND)")
     if name == "auto":
-        return next(BACKENDS[n] for n in available_backends() if device_type in BACKENDS[n].DEVICE_TYPES)
+        serving = (BACKENDS[n] for n in available_backends() if device_type in BACKENDS[n].DEVICE_TYPES)
+        # Plain PyTorch serves devices that nobody has named yet, too.
+        return next(serving, latent_quantize_reference)
     reason = unavailable_reason(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")

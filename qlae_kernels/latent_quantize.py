@@ -100,6 +100,8 @@ def latent_quantize(
             backend,
         )
         return LatentQuantizerOutput(quantized, indices if return_indices else None, loss)
+    # Numbers, not tensors that could change under the cache's key.
+    quantization_weight, commitment_weight = float(quantization_weight), float(commitment_weight)
     contiguous = z.is_contiguous() and not z.is_neg()
     if not contiguous:
         check_strided("z", z)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from qlae_kernels.backends import check_name
 from qlae_kernels.latent_quantize import LatentQuantizerOutput, check_index_dtype, latent_quantize
 from qlae_kernels.latent_quantize_reference import values_of
+from qlae_kernels.problem import INDEX_DTYPES
 
 MAX_INT64 = 2**63 - 1
 
@@ -75,7 +77,7 @@ class FusedLatentQuantizer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        per_latent = (levels,) * num_latents if isinstance(levels, int) else tuple(levels)
+        per_latent = tuple(map(index, levels)) if isinstance(levels, Iterable) else (index(levels),) * num_latents
         if num_latents < 1 or len(per_latent) != num_latents or min(per_latent, default=0) < 1:
             raise ValueError(
                 f"levels must be one number >= 1 or one per latent, with num_latents >= 1; "
@@ -131,13 +133,7 @@ class FusedLatentQuantizer(nn.Module):
 
         Raises ValueError where an index is outside its latent's codes.
         """
-        self._check_channels(indices)
-        indices = indices.long()
-        if not torch.compiler.is_compiling():
-            counts = self._along_channel(self.levels, indices)
-            if ((indices < 0) | (indices >= counts)).any():
-                raise ValueError(f"indices must be in 0..levels - 1 with levels {self._describe_levels()}")
-        return values_of(indices, self.codebook, self.channel_dim)
+        return values_of(self._checked(indices), self.codebook, self.channel_dim)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n latent vectors [n, D] with each latent uniform over its codes; differentiable in the codebook."""
@@ -151,11 +147,10 @@ class FusedLatentQuantizer(nn.Module):
         """One int64 per latent vector: the mixed-radix number whose digits are `indices`, the first latent lowest.
 
         indices [..., D, ...] of any integer dtype; returns int64 without the dimension `channel_dim`. Raises
-        ValueError where the product of levels passes 2**63 - 1.
+        ValueError where the product of levels passes 2**63 - 1, or an index is outside its latent's codes.
         """
-        self._check_channels(indices)
-        radix = self._along_channel(self._radices(), indices)
-        return (indices.long() * radix).sum(self.channel_dim)
+        indices = self._checked(indices)
+        return (indices * self._along_channel(self._radices(), indices)).sum(self.channel_dim)
 
     def unpack(self, codes: Tensor) -> Tensor:
         """The inverse of `pack`: int64 codes [...] to indices [..., D, ...] of `index_dtype`.
@@ -172,9 +167,8 @@ class FusedLatentQuantizer(nn.Module):
 
     def usage(self, indices: Tensor) -> CodeUsage:
         """Counts, perplexity and dead codes of `indices` [..., D, ...]; see `CodeUsage`."""
-        self._check_channels(indices)
         most = max(self.levels)
-        rows = indices.long().movedim(self.channel_dim, -1).reshape(-1, self.num_latents)
+        rows = self._checked(indices).movedim(self.channel_dim, -1).reshape(-1, self.num_latents)
         positions = rows + most * torch.arange(self.num_latents, device=rows.device)
         counts = torch.bincount(positions.flatten(), minlength=self.num_latents * most)
         counts = counts.view(self.num_latents, most)
@@ -213,6 +207,18 @@ class FusedLatentQuantizer(nn.Module):
             raise ValueError(
                 f"expected {self.num_latents} latents at dimension {self.channel_dim}; got shape {tuple(value.shape)}"
             )
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        """The indices as int64, their dtype, shape and range checked; a traced call cannot look at the range."""
+        if indices.dtype not in INDEX_DTYPES:
+            raise TypeError(f"indices must be uint8, int16, int32 or int64; got {indices.dtype}")
+        self._check_channels(indices)
+        indices = indices.long()
+        if not torch.compiler.is_compiling():
+            counts = self._along_channel(self.levels, indices)
+            if ((indices < 0) | (indices >= counts)).any():
+                raise ValueError(f"indices must be in 0..levels - 1 with levels {self._describe_levels()}")
+        return indices
 
     def _along_channel(self, values: Sequence[int], like: Tensor) -> Tensor:
         shape = [1] * like.dim()

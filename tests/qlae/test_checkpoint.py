@@ -1,6 +1,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -48,9 +49,14 @@ def test_saving_replaces_and_leaves_nothing_else(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == {WEIGHTS, STATE}
 
 
-def test_a_failure_while_writing_keeps_the_last_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed: No space left")]
+)
+def test_a_failure_while_writing_keeps_the_last_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*No space left.*unharmed"):
@@ -124,3 +130,10 @@ def test_non_contiguous_weights_are_saved(tmp_path: Path) -> None:
     load_weights(tmp_path / "checkpoint", other, CONFIG)
     assert torch.equal(layer.weight, other.weight)
     shutil.rmtree(tmp_path / "checkpoint")
+
+
+def test_a_zip_that_torch_did_not_write(saved: Path) -> None:
+    with ZipFile(saved / STATE, "w") as file:
+        file.writestr("anything", "else")
+    with pytest.raises(UserError, match="holds no training state"):
+        load_training_state(saved)

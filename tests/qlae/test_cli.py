@@ -301,3 +301,24 @@ def test_a_process_stops_on_sigint_and_goes_on(images: Path) -> None:
 
     assert main(["train", "--resume", "run", "--steps", str(step + 2)]) == 0
     assert json.loads(Path("run/summary.json").read_text())["steps"] == step + 2
+
+
+def test_images_that_are_not_square() -> None:
+    """A run on them can be evaluated, looked at and resumed."""
+    Path("wide").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 12, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(f"wide/{number:02}.png")
+    options = ["--evaluation-every", "2", "--batch-size", "4", "--device", "cpu"]
+    assert main(["train", "--data", "wide", "--steps", "4", "--output", "run", *options]) == 0
+    assert main(["evaluate", "run"]) == 0
+    assert main(["traverse", "run"]) == 0
+    assert main(["train", "--resume", "run", "--steps", "6"]) == 0
+
+
+def test_a_run_whose_images_have_changed_does_not_go_on(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", "pictures", "--steps", "4", "--evaluation-every", "2", "--device", "cpu", "--output", "run"]
+    assert main(["train", *options]) == 0
+    next(Path("pictures").rglob("*.png")).unlink()
+    assert main(["train", "--resume", "run", "--steps", "6"]) == 2
+    assert "restore the images" in capsys.readouterr().err.splitlines()[-1]

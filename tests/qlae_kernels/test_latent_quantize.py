@@ -827,3 +827,12 @@ def test_nothing_of_the_size_of_all_distances_is_allocated(name: str) -> None:
     assert one_sample < 200
     assert two_samples < 100
     assert many_samples < 500
+
+
+def test_a_weight_that_is_a_tensor_is_read_anew_in_each_call(backend: str) -> None:
+    z, codebook, _ = problem((40, 3), torch.float32)
+    weight = torch.tensor(1.0)
+    first = latent_quantize(z, codebook, backend=backend, quantization_weight=0.0, commitment_weight=weight).loss
+    weight.fill_(3.0)
+    second = latent_quantize(z, codebook, backend=backend, quantization_weight=0.0, commitment_weight=weight).loss
+    torch.testing.assert_close(second, 3 * first)

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -441,3 +442,19 @@ def test_freezing_the_codebook_stops_its_gradient() -> None:
     module(z).backward()
     assert z.grad is not None
     assert module.quantizer.codebook.grad is None
+
+
+def test_indices_outside_their_latent_are_refused_everywhere() -> None:
+    quantizer = FusedLatentQuantizer(2, levels=[3, 2])
+    for indices in (torch.tensor([[3, 0]]), torch.tensor([[0, 2]]), torch.tensor([[-1, 0]])):
+        for method in (quantizer.decode, quantizer.pack, quantizer.usage):
+            with pytest.raises(ValueError, match=r"0\.\.levels - 1"):
+                method(indices)
+    for method in (quantizer.decode, quantizer.pack, quantizer.usage):
+        with pytest.raises(TypeError, match="float32"):
+            method(torch.zeros(1, 2))
+
+
+def test_levels_may_come_from_numpy() -> None:
+    assert FusedLatentQuantizer(2, levels=np.int64(4)).levels == (4, 4)
+    assert FusedLatentQuantizer(2, levels=np.array([4, 3]))(torch.zeros(5, 2)).indices.shape == (5, 2)
