@@ -54,7 +54,8 @@ class TrainConfig:
     learning_rate: Annotated[float, arg(metavar="X")] = 2e-3
     """AdamW's step size."""
     schedule: Annotated[str, arg(metavar="{constant,cosine}")] = "cosine"
-    """Learning rate over the steps: `constant`, or falling to 0 along half a `cosine`."""
+    """Learning rate over the steps: `constant`, or falling to 0 along half a `cosine`. With `cosine`, a resumed
+    run with more --steps starts again at the rate that the longer curve has there."""
     warmup_steps: Annotated[int, arg(metavar="N")] = 0
     """Steps over which the learning rate first rises linearly."""
     weight_decay: Annotated[float, arg(metavar="X")] = 0.4
