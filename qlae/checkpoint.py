@@ -36,6 +36,7 @@ def save_checkpoint(folder: Path, model: nn.Module, config: TrainConfig, state: 
     new = folder.with_name(folder.name + ".new")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", "config": json.dumps(to_plain(config)), "step": str(state.get("step", ""))}
+    metadata["data"] = str(state.get("data", ""))
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -79,6 +80,20 @@ def load_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} does not fit the model ({reason}): train a new run") from error
+
+
+def check_data(folder: Path, fingerprint: str) -> None:
+    """Refuses images that the checkpoint was not trained with, some of which it may take for held-out ones.
+
+    Raises:
+        UserError: if `fingerprint` is not that of the checkpoint's data, or the file is missing or damaged.
+    """
+    _, metadata = _read_weights(_existing(folder) / WEIGHTS)
+    if metadata.get("data") != fingerprint:
+        raise UserError(
+            f"{folder} was trained with {metadata.get('data') or 'unknown data'}, and the data is {fingerprint} now: "
+            "restore the images, or train a new run"
+        )
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from qlae.checkpoint import load_weights
+from qlae.checkpoint import check_data, load_weights
 from qlae.config import DEVICES, TrainConfig
 from qlae.data import Dataset, load_dataset
 from qlae.errors import UserError
@@ -14,12 +14,13 @@ def load_model(run: RunFolder, config: TrainConfig, device: torch.device) -> tup
     """A run's data set and its method with the weights of the last checkpoint, on `device`.
 
     Raises:
-        UserError: for missing data, and for a missing, damaged or other checkpoint.
+        UserError: for missing or changed data, and for a missing, damaged or other checkpoint.
     """
     dataset = load_dataset(config.data, resolution=config.resolution, root=config.root, device=device)
     # the values drawn here are replaced, so the caller's random numbers stay as they are
     with torch.random.fork_rng(devices=[]):
         method = build_method(config, dataset.image_shape)
+    check_data(run.checkpoint, dataset.fingerprint())
     load_weights(run.checkpoint, method, config)
     return dataset, method.to(device)
 

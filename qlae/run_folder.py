@@ -21,7 +21,7 @@ Number = int | float
 class RunFolder:
     """Names of what lies in a run's folder, and how each is written and read.
 
-    A file is written beside its place and then renamed, so that a reader never sees a part of it.
+    A text file is written beside its place and then renamed, so that a reader never sees a part of it.
     """
 
     path: Path

@@ -303,7 +303,7 @@ class Trainer:
         """What, with the weights, decides how the run goes on."""
         return {
             "step": self.step,
-            "images": len(self.dataset),
+            "data": self.dataset.fingerprint(),
             "seconds": self._seconds(),
             "rows": self.rows,
             "sums": self.means.sums,
@@ -315,16 +315,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave.
-
-        Raises:
-            UserError: if the data has another number of images, and so another held-out split.
-        """
-        if state["images"] != len(self.dataset):
-            raise UserError(
-                f"the run was trained on {state['images']:,} images and the data has {len(self.dataset):,} now: "
-                "restore the images, or train a new run"
-            )
+        """Takes back what `state` gave."""
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         self.rows = state["rows"]

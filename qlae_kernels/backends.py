@@ -19,7 +19,7 @@ ABSENT: dict[str, str] = {
 NAMES: tuple[str, ...] = ("auto", *BACKENDS, *ABSENT)
 
 # Read once, at import: the environment's choice replaces `auto`, never a backend named in a call.
-_ENVIRONMENT_BACKEND = os.environ.get("QLAE_BACKEND", "auto")
+_ENVIRONMENT_BACKEND = os.environ.get("QLAE_BACKEND") or "auto"
 
 
 def unavailable_reason(name: str) -> str | None:

@@ -64,7 +64,7 @@ def _choose_instruction_set(name: str, origin: str = "") -> None:
     _native.use_instruction_set(name)
 
 
-if _native is not None and "QLAE_CPU_INSTRUCTION_SET" in os.environ:
+if _native is not None and os.environ.get("QLAE_CPU_INSTRUCTION_SET"):
     _choose_instruction_set(
         os.environ["QLAE_CPU_INSTRUCTION_SET"], " (from the environment variable QLAE_CPU_INSTRUCTION_SET)"
     )

@@ -44,6 +44,10 @@ class Dataset(ABC):
     def sources(self, index: Tensor) -> Tensor:
         """Factor positions of `index` (int64 [B]) as int64 [B, n_s] on `device`; n_s = 0 without factors."""
 
+    def fingerprint(self) -> str:
+        """What tells these images from others: a run is scored and continued on the images it was trained with."""
+        return f"{self.name}, {len(self)} images"
+
     @abstractmethod
     def describe(self) -> str:
         """One line for a person: what the set is, how many images it has, and their size."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from qlae.metrics import PSNR_CAP
 from qlae_kernels import FusedLatentQuantizer
 
 
@@ -107,5 +108,4 @@ def clip_gradients(optimizer: Optimizer) -> None:
 def batch_psnr(images: Tensor, logits: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, the mean over images [B, 3, H, W] in [0, 1], as a scalar tensor."""
     error = (logits.sigmoid() - images).square().flatten(1).mean(dim=1)
-    # the same cap of 100 dB as the metric has
-    return -10.0 * error.clamp(min=1e-10).log10().mean()
+    return -10.0 * error.clamp(min=10.0 ** (-PSNR_CAP / 10.0)).log10().mean()
