@@ -4,6 +4,9 @@
 
 #include "buffer_pool.h"
 #include "latent_quantize_cpu.h"
+#ifdef QLAE_CUDA
+#include "latent_quantize_cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -113,4 +116,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("instruction_sets", &qlae::instruction_sets);
   module.def("active_instruction_set", &qlae::active_instruction_set);
   module.def("use_instruction_set", &qlae::use_instruction_set, py::arg("name"));
+#ifdef QLAE_CUDA
+  qlae::cuda::bind_cuda(module);
+#endif
 }

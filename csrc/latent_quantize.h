@@ -59,4 +59,84 @@ QLAE_HOST_DEVICE static inline int64_t nearest_code(T z, const T* codes, int64_t
   return nearest;
 }
 
+// Whether z, between lower < upper, belongs to `upper`: it is nearer, or as near and wins the tie.
+template <class T>
+QLAE_HOST_DEVICE static inline bool is_nearer(T z, T lower, T upper, bool upper_wins_tie) {
+  return upper_wins_tie ? upper - z <= z - lower : upper - z < z - lower;
+}
+
+template <class T>
+struct FloatBits;
+template <>
+struct FloatBits<float> {
+  using Integer = int32_t;
+  using Unsigned = uint32_t;
+  static constexpr Integer kSmallest = INT32_MIN;
+};
+template <>
+struct FloatBits<double> {
+  using Integer = int64_t;
+  using Unsigned = uint64_t;
+  static constexpr Integer kSmallest = INT64_MIN;
+};
+
+// Floats in their numeric order as consecutive integers.
+template <class T>
+QLAE_HOST_DEVICE static inline typename FloatBits<T>::Integer to_ordered(T value) {
+  typename FloatBits<T>::Integer bits;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  return bits < 0 ? FloatBits<T>::kSmallest - bits : bits;
+}
+
+template <class T>
+QLAE_HOST_DEVICE static inline T from_ordered(typename FloatBits<T>::Integer order) {
+  const typename FloatBits<T>::Integer bits = order < 0 ? FloatBits<T>::kSmallest - order : order;
+  T value;
+  __builtin_memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// The smallest z in (lower, upper] that is assigned to `upper`. The predicate is monotone there: both distances are,
+// in rounded arithmetic too. It mostly flips within a few units in the last place of the midpoint.
+template <class T>
+QLAE_HOST_DEVICE static inline T threshold_between(T lower, T upper, bool upper_wins_tie) {
+  using Integer = typename FloatBits<T>::Integer;
+  using Unsigned = typename FloatBits<T>::Unsigned;
+  Integer low = to_ordered(lower), high = to_ordered(upper);
+  const Integer middle = to_ordered(lower + (upper - lower) / 2);
+  for (int offset = -2; offset <= 2; offset += 4) {
+    const Integer near = middle + offset;
+    if (near <= low || near >= high) continue;
+    (is_nearer(from_ordered<T>(near), lower, upper, upper_wins_tie) ? high : low) = near;
+  }
+  while (high - 1 != low) {
+    const Integer half = low + static_cast<Integer>((static_cast<Unsigned>(high) - static_cast<Unsigned>(low)) / 2);
+    (is_nearer(from_ordered<T>(half), lower, upper, upper_wins_tie) ? high : low) = half;
+  }
+  return from_ordered<T>(high);
+}
+
+template <class T>
+struct FloatLimits;
+template <>
+struct FloatLimits<float> {
+  static constexpr float kMax = 3.402823466e+38f, kEpsilon = 1.1920928955078125e-07f;
+};
+template <>
+struct FloatLimits<double> {
+  static constexpr double kMax = 1.7976931348623157e+308, kEpsilon = 2.220446049250313e-16;
+};
+
+// Up to this |z| two codes on the same side of z differ in distance by more than the spacing of such distances, so
+// only the two neighbours of z compete. Negative if nowhere. `magnitude` is the largest |code|, `gap` the smallest
+// difference of two codes.
+template <class T>
+QLAE_HOST_DEVICE static inline T exact_bound(T magnitude, T gap) {
+  const T limit = FloatLimits<T>::kMax / 4;
+  if (!(magnitude <= limit)) return T(-1);
+  const T by_gap = gap * (T(0.5) / FloatLimits<T>::kEpsilon);
+  const T reach = by_gap < limit ? by_gap : limit;
+  return reach > magnitude ? reach - magnitude : T(-1);
+}
+
 }  // namespace qlae

@@ -122,42 +122,6 @@ Traversal plan_traversal(const LatentLayout& layout, int64_t lanes, int64_t max_
   return {true, layout.size(), segment, (used + lanes - 1) / lanes, length, units};
 }
 
-template <class T>
-bool is_nearer(T z, T lower, T upper, bool upper_wins_tie) {
-  return upper_wins_tie ? upper - z <= z - lower : upper - z < z - lower;
-}
-
-// Floats in their numeric order as consecutive integers.
-template <class T>
-auto to_ordered(T value) {
-  using I = typename cpu::VectorIndex<T>::type;
-  const I bits = std::bit_cast<I>(value);
-  return bits < 0 ? std::numeric_limits<I>::min() - bits : bits;
-}
-
-template <class T>
-T from_ordered(typename cpu::VectorIndex<T>::type order) {
-  using I = typename cpu::VectorIndex<T>::type;
-  return std::bit_cast<T>(order < 0 ? static_cast<I>(std::numeric_limits<I>::min() - order) : order);
-}
-
-// The smallest z in (lower, upper] that is assigned to `upper`. The predicate is monotone there: both distances are,
-// in rounded arithmetic too. It mostly flips within a few units in the last place of the midpoint.
-template <class T>
-T threshold_between(T lower, T upper, bool upper_wins_tie) {
-  auto low = to_ordered(lower), high = to_ordered(upper);
-  const auto middle = to_ordered(lower + (upper - lower) / 2);
-  for (auto near : {middle - 2, middle + 2}) {
-    if (near <= low || near >= high) continue;
-    (is_nearer(from_ordered<T>(near), lower, upper, upper_wins_tie) ? high : low) = near;
-  }
-  while (high - 1 != low) {
-    const auto half = std::midpoint(low, high);
-    (is_nearer(from_ordered<T>(half), lower, upper, upper_wins_tie) ? high : low) = half;
-  }
-  return from_ordered<T>(high);
-}
-
 // The distinct codes of one row in ascending order, each under its smallest index, with the boundaries between them.
 template <class T>
 struct SortedCodes {
@@ -176,23 +140,17 @@ struct SortedCodes {
       values.push_back(codes[index]);
       indices.push_back(index);
     }
-    bound = finite ? exact_bound() : T(-1);
+    bound = finite ? exact_bound(std::max(std::abs(values.front()), std::abs(values.back())), smallest_gap()) : T(-1);
     thresholds.assign(values.size(), std::numeric_limits<T>::infinity());
     for (size_t rank = 1; finite && rank < values.size(); ++rank)
       thresholds[rank] = threshold_between(values[rank - 1], values[rank], indices[rank] < indices[rank - 1]);
   }
 
  private:
-  // Up to this |z| two codes on the same side of z differ in distance by more than the spacing of such distances, so
-  // only the two neighbours of z compete. Negative if nowhere.
-  T exact_bound() const {
-    const T magnitude = std::max(std::abs(values.front()), std::abs(values.back()));
-    const T limit = std::numeric_limits<T>::max() / 4;
-    T gap = limit;
+  T smallest_gap() const {
+    T gap = std::numeric_limits<T>::max();
     for (size_t rank = 1; rank < values.size(); ++rank) gap = std::min(gap, values[rank] - values[rank - 1]);
-    if (magnitude > limit) return T(-1);
-    const T reach = std::min(limit, gap * (T(0.5) / std::numeric_limits<T>::epsilon()));
-    return reach > magnitude ? reach - magnitude : T(-1);
+    return gap;
   }
 };
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from qlae_kernels import __version__, latent_quantize_cpu
-from qlae_kernels.backends import ABSENT, BACKENDS, available_backends, unavailable_reason
+from qlae_kernels.backends import BACKENDS, available_backends, unavailable_reason
 
 
 def main() -> None:
     """Print versions, backends and the processor's instruction sets."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(f"qlae_kernels {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, GPU: {gpu}")
-    for name in (*BACKENDS, *ABSENT):
+    for name in BACKENDS:
         reason = unavailable_reason(name)
         print(f"  {name:<10} {'available' if reason is None else 'not available: ' + reason}")
     if "cpu" in available_backends():

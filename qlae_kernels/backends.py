@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 
-from qlae_kernels import latent_quantize_cpu, latent_quantize_reference
+from qlae_kernels import (
+    latent_quantize_cpu,
+    latent_quantize_cuda,
+    latent_quantize_reference,
+    latent_quantize_triton,
+)
 from qlae_kernels.problem import Backend
 
 # In the order in which `auto` tries them.
-BACKENDS: dict[str, Backend] = {"cpu": latent_quantize_cpu, "reference": latent_quantize_reference}
-
-# Names of the contract that this version does not hold.
-ABSENT: dict[str, str] = {
-    name: f"this version has no {name} kernels; on a GPU use backend='reference' or 'auto'"
-    for name in ("triton", "cuda")
+BACKENDS: dict[str, Backend] = {
+    "cpu": latent_quantize_cpu,
+    "cuda": latent_quantize_cuda,
+    "triton": latent_quantize_triton,
+    "reference": latent_quantize_reference,
 }
 
-NAMES: tuple[str, ...] = ("auto", *BACKENDS, *ABSENT)
+NAMES: tuple[str, ...] = ("auto", *BACKENDS)
 
 # Read once, at import: the environment's choice replaces `auto`, never a backend named in a call.
 _ENVIRONMENT_BACKEND = os.environ.get("QLAE_BACKEND") or "auto"
@@ -24,7 +28,7 @@ _ENVIRONMENT_BACKEND = os.environ.get("QLAE_BACKEND") or "auto"
 
 def unavailable_reason(name: str) -> str | None:
     """Why the named backend cannot serve on this machine, with the remedy; None if it can."""
-    return ABSENT[name] if name in ABSENT else BACKENDS[name].unavailable_reason()
+    return BACKENDS[name].unavailable_reason()
 
 
 def available_backends() -> tuple[str, ...]:

@@ -268,6 +268,7 @@ def make_call(
         value_dtype=dtype,
         index_dtype=index_dtype,
         return_indices=return_indices,
+        device=device,
     )
     forward, backward = select_backend(backend, device.type).prepare(problem)
     return Call(problem, forward, backward, codebook_dtype is problem.compute_dtype)

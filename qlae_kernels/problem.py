@@ -19,6 +19,7 @@ class Problem:
 
     `levels` holds the number of codes per latent (int64 [num_latents], on the CPU), or None where all latents use
     every column of the codebook, which has shape [rows, stride]. `channel_dim` counts from 0.
+    `device` is where z, the codebook and the results are.
     """
 
     outer: int
@@ -34,6 +35,7 @@ class Problem:
     value_dtype: torch.dtype
     index_dtype: torch.dtype
     return_indices: bool
+    device: torch.device
 
     @property
     def compute_dtype(self) -> torch.dtype:

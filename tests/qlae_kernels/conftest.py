@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlae_kernels import available_backends, latent_quantize_cpu
 
-# For `latent_quantize_statement`, which the tests of this folder share.
+# For `latent_quantize_statement` and `on_device`, which the tests of this folder share.
 sys.path.insert(0, str(Path(__file__).parent))
 
 INSTRUCTION_SETS = latent_quantize_cpu.instruction_sets() if "cpu" in available_backends() else ()
@@ -49,9 +49,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=VARIANTS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend; `cpu` with each instruction set that this machine runs and each kind of search."""
+    if not request.param.startswith("cpu-"):
+        yield request.param
+        return
     name, *choices = request.param.split("-")
     with (
-        latent_quantize_cpu.use_instruction_set(choices[0]) if choices else nullcontext(),
+        latent_quantize_cpu.use_instruction_set(choices[0]),
         sorting_from(0) if "sorted" in choices else nullcontext(),
     ):
         yield name

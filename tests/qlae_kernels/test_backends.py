@@ -1,5 +1,7 @@
 """Which backends there are, how one is chosen, and what a missing one says."""
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from qlae_kernels import available_backends, latent_quantize, latent_quantize_cpu
+from qlae_kernels.backends import unavailable_reason
 
 QUANTIZE = "latent_quantize(torch.zeros(4, 3), torch.zeros(3, 5){})"
 
@@ -23,13 +26,38 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_compiled_kernels_are_there_and_come_first() -> None:
     # Every installation builds them; without them most of these tests would not run.
-    assert available_backends() == ("cpu", "reference")
+    names = available_backends()
+    assert names[0] == "cpu"
+    assert names[-1] == "reference"
+    assert list(names[1:-1]) == [name for name in ("cuda", "triton") if name in names]
+
+
+def test_a_gpu_is_served_by_kernels_and_only_where_there_is_one() -> None:
+    if not torch.cuda.is_available():
+        # Triton's interpreter needs no GPU.
+        assert set(available_backends()) - {"triton"} == {"cpu", "reference"}
+        assert "triton" not in available_backends() or os.environ.get("TRITON_INTERPRET") == "1"
+    elif importlib.util.find_spec("triton") is not None:
+        assert "triton" in available_backends()
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_a_named_backend_that_is_absent_says_why_and_what_to_do(name: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"'{name}' is not available: .*backend='reference' or 'auto'"):
+    reason = unavailable_reason(name)
+    if reason is None:
+        pytest.skip(f"{name} is available here")
+    missing, _, remedy = reason.partition("; ")
+    assert missing
+    assert any(verb in remedy for verb in ("install", "build", "set ", "use ")), reason
+    with pytest.raises(RuntimeError) as caught:
         latent_quantize(torch.zeros(4, 3), torch.zeros(3, 5), backend=name)
+    assert f"'{name}' is not available: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in ("triton", "cuda") if name in available_backends()])
+def test_a_gpu_backend_refuses_other_devices(name: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"'{name}'.*meta.*'auto'"):
+        latent_quantize(torch.zeros(4, 3, device="meta"), torch.zeros(3, 5, device="meta"), backend=name)
 
 
 def test_the_cpu_backend_refuses_other_devices() -> None:
@@ -59,7 +87,7 @@ FusedLatentQuantizer(3, 5)(torch.zeros(6, 3))
     ("value", "error", "named"),
     [
         ("numpy", "ValueError", ["QLAE_BACKEND", "'numpy'", "reference"]),
-        ("cuda", "RuntimeError", ["cuda", "not available"]),
+        ("cuda", "RuntimeError", ["cuda", "not on cpu" if "cuda" in available_backends() else "not available"]),
     ],
 )
 def test_a_wrong_environment_is_an_error_at_the_first_call(value: str, error: str, named: list[str]) -> None:
@@ -105,7 +133,8 @@ def test_without_the_compiled_module_the_reference_serves_and_says_so() -> None:
     run = subprocess.run([sys.executable, "-P", "-c", WITHOUT_NATIVE], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     names, loss, error, *listing = run.stdout.splitlines()
-    assert names == "('reference',)"
+    assert "cpu" not in ast.literal_eval(names)
+    assert ast.literal_eval(names)[-1] == "reference"
     assert float(loss) == pytest.approx(0.02)
     assert "'cpu' is not available" in error
     assert "pip install" in error

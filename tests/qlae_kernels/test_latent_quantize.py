@@ -20,9 +20,12 @@ from latent_quantize_statement import (
     quantized_at,
     surrogate,
 )
+from on_device import device_of, latent_quantize, on_backend
 from torch import Tensor
 
-from qlae_kernels import LatentQuantizerOutput, available_backends, latent_quantize
+import qlae_kernels
+from qlae_kernels import LatentQuantizerOutput, available_backends
+from qlae_kernels.backends import unavailable_reason
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -386,9 +389,9 @@ def test_gradients_accumulate_over_uses(backend: str) -> None:
 
 
 def test_backward_refuses_latents_that_were_changed(backend: str) -> None:
-    z, codebook, _ = problem((40, 3), torch.float32)
+    z, codebook, _ = (on_backend(tensor, backend) for tensor in problem((40, 3), torch.float32))
     codebook.requires_grad_()
-    output = latent_quantize(z, codebook, backend=backend)
+    output = qlae_kernels.latent_quantize(z, codebook, backend=backend)
     z.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.loss.backward()
@@ -398,12 +401,13 @@ def test_backward_refuses_latents_that_were_changed(backend: str) -> None:
 def test_outputs_may_be_changed_before_backward(backend: str, samples: int) -> None:
     z, codebook, _ = problem((samples, 3), torch.float32)
     expected = gradients(z, codebook, None, 1.0, **WEIGHTS)
+    z, codebook = (on_backend(tensor, backend) for tensor in (z, codebook))
     z.requires_grad_()
-    output = latent_quantize(z, codebook, backend=backend, **WEIGHTS)
+    output = qlae_kernels.latent_quantize(z, codebook, backend=backend, **WEIGHTS)
     output.quantized.mul_(2)
     output.indices.zero_()
     output.loss.backward()
-    assert_within(z.grad, expected.grad_z, expected.grad_z_bound)
+    assert_within(z.grad.cpu(), expected.grad_z, expected.grad_z_bound)
 
 
 def away_from_boundaries(samples: int, num_latents: int, levels: int) -> tuple[Tensor, Tensor]:
@@ -473,8 +477,8 @@ def test_saves_latents_and_codebook_only(backend: str) -> None:
         torch.randn(4, 30, generator=generator).T,
         torch.randn(5, 4, 3, 2, generator=generator).to(memory_format=torch.channels_last),
     ):
-        codebook = torch.randn(4, 10, requires_grad=True)
-        z.requires_grad_()
+        codebook = on_backend(torch.randn(4, 10, requires_grad=True), backend)
+        z = on_backend(z, backend).requires_grad_()
         saved: list[Tensor] = []
 
         def remember(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
@@ -482,7 +486,7 @@ def test_saves_latents_and_codebook_only(backend: str) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            latent_quantize(z, codebook, backend=backend)
+            qlae_kernels.latent_quantize(z, codebook, backend=backend)
         assert {tensor.data_ptr() for tensor in saved} <= {z.data_ptr(), codebook.data_ptr()}
 
 
@@ -638,9 +642,10 @@ def test_autocast_leaves_the_arithmetic_alone(backend: str) -> None:
     z, codebook, _ = problem((40, 3), torch.bfloat16)
     codebook.requires_grad_()
     want = latent_quantize(z, codebook, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    device = device_of(backend)
+    with torch.autocast(device.type, torch.bfloat16):
         got = latent_quantize(z, codebook, backend=backend)
-        latents = torch.nn.functional.linear(torch.ones(4, 3), torch.eye(3))
+        latents = torch.nn.functional.linear(torch.ones(4, 3, device=device), torch.eye(3, device=device))
         assert latent_quantize(latents, codebook, backend=backend).quantized.dtype is torch.bfloat16
     for one, other in zip(got, want, strict=True):
         assert_same_bits(one, other)
@@ -756,7 +761,7 @@ ERRORS = [
     ({"codebook": torch.zeros(10)}, ValueError, ["codebook", "[3, K]", "(10,)"]),
     ({"codebook": torch.zeros(3, 0)}, ValueError, ["codebook", "K >= 1", "(3, 0)"]),
     ({"codebook": torch.zeros(3, 10, 1)}, ValueError, ["codebook", "[3, K]", "(3, 10, 1)"]),
-    ({"codebook": CODEBOOK.to("meta")}, ValueError, ["device", "cpu", "meta"]),
+    ({"codebook": CODEBOOK.to("meta")}, ValueError, ["device", "{device}", "meta"]),
     ({"levels": (10, 10)}, ValueError, ["levels", "3", "(10, 10)"]),
     ({"levels": (0, 5, 5)}, ValueError, ["levels", "1..10", "(0, 5, 5)"]),
     ({"levels": (5, 5, 11)}, ValueError, ["levels", "1..10", "(5, 5, 11)"]),
@@ -767,8 +772,11 @@ ERRORS = [
     ({"codebook": torch.zeros(3, 257), "index_dtype": torch.uint8}, ValueError, ["uint8", "255", "257"]),
     ({"codebook": torch.zeros(3, 32769), "index_dtype": torch.int16}, ValueError, ["int16", "32767", "32769"]),
     ({"backend": "numpy"}, ValueError, ["backend", "auto", "cpu", "reference", "triton", "cuda", "'numpy'"]),
-    ({"backend": "cuda"}, RuntimeError, ["cuda", "not available"]),
-    ({"backend": "triton"}, RuntimeError, ["triton", "not available"]),
+    *(
+        ({"backend": name}, RuntimeError, [name, "not available", reason])
+        for name in ("cuda", "triton")
+        if (reason := unavailable_reason(name)) is not None
+    ),
 ]
 
 
@@ -782,7 +790,7 @@ def test_errors_name_what_was_given_and_what_is_wanted(
         with pytest.raises(error) as caught:
             latent_quantize(**({"z": Z, "codebook": CODEBOOK, "backend": backend} | arguments))
         for word in named:
-            assert word in str(caught.value)
+            assert word.replace("{device}", str(device_of(backend))) in str(caught.value)
 
 
 def test_an_index_dtype_that_just_fits(backend: str) -> None:
@@ -804,24 +812,30 @@ MEMORY = """
 import resource, sys, torch
 from qlae_kernels import latent_quantize
 
+backend, device = sys.argv[1:]
+
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.cuda.max_memory_allocated() / 2**20
 
 def extra(shape, levels):
-    z = torch.randn(shape, requires_grad=True)
-    codebook = torch.randn(shape[1], levels, requires_grad=True)
+    z = torch.randn(shape, device=device, requires_grad=True)
+    codebook = torch.randn(shape[1], levels, device=device, requires_grad=True)
     before = peak()
-    latent_quantize(z, codebook, backend=sys.argv[1]).loss.backward()
+    latent_quantize(z, codebook, backend=backend).loss.backward()
     return peak() - before
 
-latent_quantize(torch.zeros(2, 3, requires_grad=True), torch.zeros(3, 4), backend=sys.argv[1]).loss.backward()
+z = torch.zeros(2, 3, device=device, requires_grad=True)
+latent_quantize(z, torch.zeros(3, 4, device=device), backend=backend).loss.backward()
 print(extra((1, 256, 63), 8192), extra((2, 64, 50), 16384), extra((50_000, 12), 1000))
 """
 
 
 @pytest.mark.parametrize("name", available_backends())
 def test_nothing_of_the_size_of_all_distances_is_allocated(name: str) -> None:
-    run = subprocess.run([sys.executable, "-P", "-c", MEMORY, name], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", MEMORY, name, str(device_of(name))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     one_sample, two_samples, many_samples = map(float, run.stdout.split())
     # MiB on top of z and codebook (8, 4 and 2 MiB); all distances would take 504, 400 and 2289 MiB.
     assert one_sample < 200

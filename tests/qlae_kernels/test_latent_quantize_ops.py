@@ -3,10 +3,12 @@
 import pytest
 import torch
 from latent_quantize_statement import assert_same_bits, assert_within, gradients
+from on_device import call_on, device_of, latent_quantize, on_backend
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from qlae_kernels import FusedLatentQuantizer, available_backends, latent_quantize
+import qlae_kernels
+from qlae_kernels import FusedLatentQuantizer, available_backends
 from qlae_kernels.latent_quantize_ops import latent_quantize_backward_op, latent_quantize_op
 
 WEIGHTS = {"quantization_weight": 0.75, "commitment_weight": 0.25}
@@ -38,12 +40,12 @@ def layouts(dtype: torch.dtype) -> list[Tensor]:
     "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
 )
 def test_opcheck_of_the_forward_op(name: str, dtype: torch.dtype) -> None:
-    _, codebook = problem((4, 3), dtype)
+    codebook = on_backend(problem((4, 3), dtype)[1], name)
     for z in layouts(dtype):
-        arguments = (z.requires_grad_(), codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+        arguments = (on_backend(z, name).requires_grad_(), codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
         torch.library.opcheck(latent_quantize_op, arguments, test_utils=("test_schema", "test_faketensor"))
     # No indices, ragged levels, a negative channel_dim, a codebook of another dtype.
-    z, codebook = problem((5, 3), dtype)
+    z, codebook = (on_backend(tensor, name) for tensor in problem((5, 3), dtype))
     arguments = (z, codebook.half(), [10, 2, 5], -1, *WEIGHT_VALUES, torch.uint8, False, name)
     torch.library.opcheck(latent_quantize_op, arguments)
 
@@ -57,7 +59,8 @@ def test_opcheck_of_the_backward_op(name: str, dtype: torch.dtype) -> None:
     for z in layouts(dtype):
         for codes in (codebook.detach(), codebook.detach().half()):
             grad_loss = torch.ones((), dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-            arguments = (z, codes, torch.randn(z.shape).to(dtype), grad_loss, None, 1, *WEIGHT_VALUES, name)
+            tensors = (z, codes, torch.randn(z.shape).to(dtype), grad_loss)
+            arguments = (*(on_backend(tensor, name) for tensor in tensors), None, 1, *WEIGHT_VALUES, name)
             torch.library.opcheck(latent_quantize_backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -65,7 +68,8 @@ def test_opcheck_of_the_backward_op(name: str, dtype: torch.dtype) -> None:
 def test_the_op_has_the_values_and_gradients_of_the_function(name: str) -> None:
     z, codebook = problem((40, 3))
     output = latent_quantize(z, codebook, backend=name, **WEIGHTS)
-    results = latent_quantize_op(z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    arguments = (z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    results = call_on(device_of(name), latent_quantize_op, *arguments)
     for got, want in zip(results, output, strict=True):
         assert_same_bits(got, want)
     weight = torch.randn(40, 3)
@@ -80,7 +84,8 @@ def test_the_op_has_the_values_and_gradients_of_the_function(name: str) -> None:
 @pytest.mark.parametrize(("use_quantized", "use_loss"), [(True, False), (False, True)])
 def test_one_output_of_the_op_may_go_unused(name: str, use_quantized: bool, use_loss: bool) -> None:
     z, codebook = problem((40, 3))
-    quantized, _, loss = latent_quantize_op(z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    arguments = (z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    quantized, _, loss = call_on(device_of(name), latent_quantize_op, *arguments)
     weight = torch.randn(40, 3)
     expected = gradients(z, codebook, weight if use_quantized else None, float(use_loss), **WEIGHTS)
     ((quantized * weight).sum() if use_quantized else loss).backward()
@@ -88,16 +93,18 @@ def test_one_output_of_the_op_may_go_unused(name: str, use_quantized: bool, use_
     assert_within(codebook.grad, expected.grad_codebook, expected.grad_codebook_bound)
 
 
-def test_fake_tensors_have_the_shapes_and_strides_of_real_ones() -> None:
-    _, codebook = problem((4, 3))
-    for z in layouts(torch.float32):
-        want = latent_quantize(z, codebook, index_dtype=torch.int16)
+@backends
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(name: str) -> None:
+    codebook = on_backend(problem((4, 3))[1], name)
+    for z in (on_backend(layout, name) for layout in layouts(torch.float32)):
+        want = qlae_kernels.latent_quantize(z, codebook, index_dtype=torch.int16, backend=name)
         mode = FakeTensorMode()
         fake_z, fake_codebook = (mode.from_tensor(tensor.detach()) for tensor in (z, codebook))
         with mode:
-            got = latent_quantize(fake_z, fake_codebook, index_dtype=torch.int16)
+            got = qlae_kernels.latent_quantize(fake_z, fake_codebook, index_dtype=torch.int16, backend=name)
         for one, other in zip(got, want, strict=True):
             assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+            assert one.device == other.device
 
 
 class Autoencoder(nn.Module):
@@ -138,17 +145,19 @@ def test_compiled_training_step_equals_the_eager_one() -> None:
             torch.testing.assert_close(one, other)
 
 
-def test_compiled_without_indices_and_without_gradients() -> None:
-    z, codebook = problem((30, 3))
+@backends
+def test_compiled_without_indices_and_without_gradients(name: str) -> None:
+    z, codebook = (on_backend(tensor, name) for tensor in problem((30, 3)))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss_of(z: Tensor, codebook: Tensor) -> Tensor:
-        output = latent_quantize(z, codebook, return_indices=False, **WEIGHTS)
+        output = qlae_kernels.latent_quantize(z, codebook, return_indices=False, backend=name, **WEIGHTS)
         assert output.indices is None
         return output.loss
 
     with torch.no_grad():
-        assert_same_bits(loss_of(z, codebook), latent_quantize(z, codebook, **WEIGHTS).loss)
+        want = qlae_kernels.latent_quantize(z, codebook, backend=name, **WEIGHTS).loss
+        assert_same_bits(loss_of(z, codebook), want)
 
 
 def test_exported_module_gives_the_same_codes() -> None:

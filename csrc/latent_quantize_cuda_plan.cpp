@@ -1,0 +1,410 @@
+#include "latent_quantize_cuda_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+
+namespace qlae::cuda {
+
+int64_t stored_bytes(ValueType type) {
+  return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 2;
+}
+int64_t compute_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
+
+namespace {
+
+constexpr int64_t kUsualThreads = 256;
+constexpr int64_t kWarpThreads = 32;
+// Threads that a multiprocessor should have to hide the latency of memory.
+constexpr int64_t kResidentThreadsForward = 2048;
+constexpr int64_t kResidentThreadsBackward = 1024;
+// Threads from which bins per thread are worth having, warps from which bins per warp are.
+constexpr int64_t kMinThreadsWithBins = 256;
+constexpr int64_t kEnoughWarps = 8;
+// A run that fills this many vectors has its own rows.
+constexpr int64_t kMinVectorsOfRun = 64;
+constexpr int64_t kMaxGlobalBinsBytes = int64_t{64} << 20;
+// Positions in the sorted table have 16 bits.
+constexpr int64_t kMaxSortedCodes = 1 << 15;
+
+int64_t divide_up(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
+int64_t round_up(int64_t number, int64_t multiple) { return divide_up(number, multiple) * multiple; }
+
+// Rows are counted in 31 bits; each holds hundreds of elements or one latent vector.
+uint32_t checked_rows(int64_t rows) {
+  if (rows > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("latent_quantize: more than 2**31 - 1 rows; split the batch");
+  return static_cast<uint32_t>(rows);
+}
+
+struct Sizes {
+  LatentLayout layout;
+  int64_t period;
+  int64_t vector_length;
+  int64_t value_bytes;
+  int64_t num_codes;
+  int64_t shared_bytes;
+
+  explicit Sizes(const PlanRequest& request)
+      : layout(request.problem.layout),
+        vector_length(16 / stored_bytes(request.problem.value_type)),
+        value_bytes(compute_bytes(request.problem.value_type)),
+        num_codes(request.problem.max_codes),
+        shared_bytes(request.device.max_shared_per_block - kScratchBytes) {
+    // Where all elements share their codes, the layout says nothing.
+    if (request.problem.codebook.rows == 1 || layout.num_latents == 1) layout = {layout.size(), 1, 1};
+    period = layout.num_latents * layout.inner;
+  }
+  int64_t vectors() const { return divide_up(layout.size(), vector_length); }
+};
+
+struct Table {
+  Search search;
+  int64_t pitch;
+  int64_t levels;
+  int64_t bytes_per_latent;
+
+  Table(Search kind, const Sizes& sizes) : search(kind), pitch(sizes.num_codes), levels(0), bytes_per_latent(0) {
+    if (kind == Search::kDirect) bytes_per_latent = pitch * sizes.value_bytes;
+    if (kind != Search::kSorted) return;
+    levels = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(sizes.num_codes)));
+    // Odd, so that the same position of different latents lies in different banks.
+    pitch = levels | 1;
+    bytes_per_latent = pitch * (2 * sizes.value_bytes + 2) + sizes.value_bytes;
+  }
+  int64_t bytes(int64_t latents) const { return round_up(latents * bytes_per_latent + kTableSlackBytes, 16); }
+};
+
+// What multiplies and compares cost per element, and what preparing costs per block, in cycles of a multiprocessor.
+Search cheapest_search(const Sizes& sizes, int64_t elements_of_block) {
+  if (sizes.num_codes <= 2) return Search::kDirect;
+  const double codes = static_cast<double>(sizes.num_codes);
+  const double levels = std::bit_width(static_cast<uint64_t>(sizes.num_codes - 1));
+  const double latents = static_cast<double>(std::min<int64_t>(sizes.layout.num_latents, 64));
+  const double elements = static_cast<double>(elements_of_block);
+  const double direct = elements * 5 * codes / 128;
+  const double sorted = elements * (8 + 5 * levels) / 128 + 1500 + latents * codes * 150 / kUsualThreads;
+  return direct <= sorted ? Search::kDirect : Search::kSorted;
+}
+
+Search choose_search(const PlanRequest& request, const Sizes& sizes) {
+  const int64_t blocks = std::clamp<int64_t>(sizes.vectors() / kUsualThreads, 1, 4 * request.device.multiprocessors);
+  const bool sortable = sizes.num_codes <= kMaxSortedCodes;
+  switch (request.search) {
+    case SearchChoice::kDirect: return Search::kDirect;
+    case SearchChoice::kSorted: return sortable ? Search::kSorted : Search::kGlobal;
+    case SearchChoice::kGlobal: return Search::kGlobal;
+    case SearchChoice::kAuto: break;
+  }
+  const Search search = cheapest_search(sizes, sizes.layout.size() / blocks);
+  return search == Search::kSorted && !sortable ? Search::kGlobal : search;
+}
+
+// The multiple of `unit` up to `most` that fills whole warps best; near `wanted` among equals.
+int64_t choose_threads(int64_t unit, int64_t wanted, int64_t most) {
+  int64_t best = unit;
+  double best_score = -1;
+  for (int64_t threads = unit; threads <= most; threads += unit) {
+    const double filled = static_cast<double>(threads) / static_cast<double>(round_up(threads, kWarpThreads));
+    const double distance = std::abs(std::log2(static_cast<double>(threads) / static_cast<double>(wanted)));
+    const double score = std::min(filled, 0.97) - 0.04 * distance + (threads == wanted ? 0.01 : 0);
+    if (score > best_score) best = threads, best_score = score;
+  }
+  return best;
+}
+
+// Threads of a block and what they may at most be; `unit` classes always fit.
+struct ThreadBudget {
+  int64_t wanted;
+  int64_t most;
+};
+
+struct Shape {
+  Geometry geometry;
+  int64_t classes;
+};
+
+void set_threads(Geometry& geometry, int64_t row_threads, int64_t stack) {
+  geometry.row_threads = static_cast<int32_t>(row_threads);
+  geometry.stack = static_cast<int32_t>(stack);
+  geometry.threads = static_cast<int32_t>(round_up(row_threads * stack, kWarpThreads));
+}
+
+std::optional<Shape> flat_shape(const Sizes& sizes, ThreadBudget budget) {
+  const int64_t vectors = sizes.vectors();
+  const int64_t classes = std::lcm(sizes.period, sizes.vector_length) / sizes.vector_length;
+  const bool one_row = vectors <= budget.most && (vectors <= budget.wanted || classes > budget.most);
+  if (!one_row && classes > budget.most) return std::nullopt;
+  const int64_t active = one_row ? vectors : choose_threads(classes, budget.wanted, budget.most);
+  Geometry geometry{};
+  set_threads(geometry, active, 1);
+  geometry.row_pitch = active * sizes.vector_length;
+  geometry.rows = checked_rows(divide_up(vectors, active));
+  geometry.rows_per_group = FastDivisor(geometry.rows);
+  geometry.limit = geometry.last_limit = sizes.layout.size();
+  geometry.windows = 1;
+  geometry.num_latents = geometry.window_latents = static_cast<int32_t>(sizes.layout.num_latents);
+  geometry.column_period = static_cast<int32_t>(sizes.period);
+  geometry.column_inner = static_cast<int32_t>(sizes.layout.inner);
+  geometry.aligned = true;
+  // Only whole rows of whole classes repeat the same latents.
+  return Shape{geometry, active % classes == 0 ? classes : active};
+}
+
+Shape runs_shape(const Sizes& sizes, ThreadBudget budget) {
+  const int64_t vectors = divide_up(sizes.layout.inner, sizes.vector_length);
+  const int64_t row_threads = std::min(vectors, budget.wanted);
+  const int64_t segments = divide_up(vectors, row_threads);
+  Geometry geometry{};
+  set_threads(geometry, row_threads, std::max<int64_t>(1, budget.wanted / row_threads));
+  geometry.row_pitch = row_threads * sizes.vector_length;
+  geometry.group_pitch = sizes.period;
+  geometry.window_pitch = sizes.layout.inner;
+  geometry.rows = checked_rows(sizes.layout.outer * segments);
+  geometry.rows_per_group = FastDivisor(static_cast<uint32_t>(segments));
+  geometry.limit = geometry.last_limit = sizes.layout.inner;
+  geometry.windows = geometry.num_latents = static_cast<int32_t>(sizes.layout.num_latents);
+  geometry.window_latents = 1;
+  geometry.column_period = geometry.column_inner = std::numeric_limits<int32_t>::max();
+  geometry.aligned = sizes.layout.inner % sizes.vector_length == 0;
+  return {geometry, 1};
+}
+
+Shape windows_shape(const Sizes& sizes, ThreadBudget budget, int64_t latents) {
+  const int64_t width = latents * sizes.layout.inner;
+  const int64_t windows = divide_up(sizes.layout.num_latents, latents);
+  const int64_t row_threads = divide_up(width, sizes.vector_length);
+  Geometry geometry{};
+  const int64_t stack = std::min(budget.wanted / row_threads, divide_up(sizes.layout.outer, 1));
+  set_threads(geometry, row_threads, std::max<int64_t>(1, stack));
+  geometry.group_pitch = sizes.period;
+  geometry.window_pitch = width;
+  geometry.rows = checked_rows(sizes.layout.outer);
+  geometry.rows_per_group = FastDivisor(1);
+  geometry.limit = width;
+  geometry.last_limit = sizes.period - (windows - 1) * width;
+  geometry.windows = static_cast<int32_t>(windows);
+  geometry.num_latents = static_cast<int32_t>(sizes.layout.num_latents);
+  geometry.window_latents = static_cast<int32_t>(latents);
+  geometry.column_period = std::numeric_limits<int32_t>::max();
+  geometry.column_inner = static_cast<int32_t>(sizes.layout.inner);
+  geometry.aligned = width % sizes.vector_length == 0 && sizes.period % sizes.vector_length == 0;
+  return {geometry, row_threads};
+}
+
+// The latents of a window that keep its rows aligned, where rows can be aligned at all.
+int64_t window_unit(const Sizes& sizes) {
+  if (sizes.period % sizes.vector_length != 0) return 1;
+  return sizes.vector_length / std::gcd(sizes.layout.inner, sizes.vector_length);
+}
+
+bool has_long_runs(const Sizes& sizes) { return sizes.layout.inner >= kMinVectorsOfRun * sizes.vector_length; }
+
+// As many latents as `threads` have columns for and as the table leaves room for; 0 where not even the fewest fit.
+int64_t latents_of_window(const Sizes& sizes, int64_t threads, int64_t bytes_per_latent, int64_t bytes) {
+  const int64_t by_columns = threads * sizes.vector_length / sizes.layout.inner;
+  const int64_t by_memory = bytes_per_latent == 0 ? by_columns : bytes / bytes_per_latent;
+  const int64_t latents = std::min({by_columns, by_memory, sizes.layout.num_latents});
+  const int64_t unit = window_unit(sizes);
+  if (latents >= unit) return latents / unit * unit;
+  return latents;
+}
+
+std::optional<Shape> shape_for(const Sizes& sizes, ThreadBudget budget, int64_t bytes_per_latent, int64_t bytes) {
+  if (sizes.layout.num_latents * bytes_per_latent <= bytes)
+    if (auto shape = flat_shape(sizes, budget)) return shape;
+  if (has_long_runs(sizes)) {
+    if (bytes_per_latent > bytes) return std::nullopt;
+    return runs_shape(sizes, budget);
+  }
+  const int64_t threads = std::max(budget.wanted, divide_up(sizes.layout.inner, sizes.vector_length));
+  const int64_t latents = latents_of_window(sizes, threads, bytes_per_latent, bytes);
+  if (latents == 0) return std::nullopt;
+  return windows_shape(sizes, budget, latents);
+}
+
+void use_table(Plan& plan, const Table& table, const Sizes& sizes) {
+  plan.search = table.search;
+  plan.num_codes = static_cast<int32_t>(sizes.num_codes);
+  plan.table_pitch = static_cast<int32_t>(table.pitch);
+  plan.table_levels = static_cast<int32_t>(table.levels);
+  plan.table_bytes = static_cast<int32_t>(table.search == Search::kGlobal ? 0 : table.bytes(plan.geometry.window_latents));
+}
+
+// Threads whose bins lie side by side must not meet in a bank, neither as neighbours nor as members of a class.
+int64_t pitch_of_members(int64_t classes, int64_t members) {
+  if (classes == 1 || members == 1) return members;
+  if (classes >= kWarpThreads) return members | 1;
+  const int64_t apart = divide_up(kWarpThreads, classes);
+  return members <= apart ? apart : apart + round_up(members - apart, kWarpThreads);
+}
+
+void place_bins_per_thread(Plan& plan, const Shape& shape) {
+  const int64_t active = int64_t{shape.geometry.row_threads} * shape.geometry.stack;
+  plan.bins = Bins::kThread;
+  plan.slots = shape.geometry.window_latents == 1 ? 1 : plan.slots;
+  plan.classes = shape.geometry.window_latents == 1 ? 1 : static_cast<int32_t>(shape.classes);
+  plan.members = static_cast<int32_t>(active / plan.classes);
+  plan.member_pitch = static_cast<int32_t>(pitch_of_members(plan.classes, plan.members));
+  plan.bins_pitch = plan.classes * plan.member_pitch;
+}
+
+int64_t thread_bins_bytes(const Plan& plan, const Sizes& sizes) {
+  return int64_t{plan.slots} * sizes.num_codes * plan.bins_pitch * sizes.value_bytes;
+}
+
+bool plan_thread_bins(Plan& plan, const PlanRequest& request, const Sizes& sizes, Search search) {
+  const Table table(search == Search::kGlobal ? Search::kDirect : search, sizes);
+  const int64_t vectors = sizes.vectors();
+  const int64_t least =
+      request.bins == BinsChoice::kThread ? kWarpThreads : std::min<int64_t>(vectors, kMinThreadsWithBins);
+  int64_t most = std::clamp<int64_t>(vectors, kWarpThreads, kMaxBackwardThreads);
+  for (; most >= least; most -= most > kWarpThreads ? kWarpThreads : 1) {
+    const auto shape = shape_for(sizes, {most, most}, table.bytes_per_latent, sizes.shared_bytes / 2);
+    if (!shape || int64_t{shape->geometry.row_threads} * shape->geometry.stack < least) return false;
+    plan.geometry = shape->geometry;
+    plan.slots = static_cast<int32_t>(sizes.vector_length);
+    place_bins_per_thread(plan, *shape);
+    use_table(plan, table, sizes);
+    if (plan.table_bytes + thread_bins_bytes(plan, sizes) <= sizes.shared_bytes) return true;
+  }
+  return false;
+}
+
+bool plan_warp_bins(Plan& plan, const Sizes& sizes) {
+  const Table table(Search::kSorted, sizes);
+  const int64_t unit = window_unit(sizes);
+  const int64_t bins_of_latent = sizes.num_codes * sizes.value_bytes;
+  std::optional<Plan> best;
+  for (int64_t latents = sizes.layout.num_latents; latents > 0;) {
+    const int64_t left = sizes.shared_bytes - table.bytes(latents);
+    const int64_t warps = std::min<int64_t>(left / (latents * bins_of_latent), kMaxBackwardThreads / kWarpThreads);
+    if (warps >= 1) {
+      const ThreadBudget budget{warps * kWarpThreads, warps * kWarpThreads};
+      const auto shape = shape_for(sizes, budget, table.bytes_per_latent + bins_of_latent,
+                                   latents * (table.bytes_per_latent + bins_of_latent));
+      if (shape && shape->geometry.threads <= budget.most) {
+        Plan candidate = plan;
+        candidate.geometry = shape->geometry;
+        candidate.bins = Bins::kWarp;
+        candidate.slots = candidate.classes = candidate.members = candidate.member_pitch = 1;
+        candidate.bins_pitch = static_cast<int32_t>(shape->geometry.window_latents * sizes.num_codes);
+        use_table(candidate, table, sizes);
+        if (!best || candidate.geometry.threads > best->geometry.threads) best = candidate;
+        if (warps >= kEnoughWarps) break;
+      }
+    }
+    if (latents <= unit) break;
+    latents = std::max(unit, latents / 2 / unit * unit);
+  }
+  if (!best) return false;
+  plan = *best;
+  return true;
+}
+
+void plan_global_bins(Plan& plan, const Sizes& sizes) {
+  // One warp per block: its bins may be large.
+  const Table table(Search::kGlobal, sizes);
+  const auto shape = shape_for(sizes, {kUsualThreads, kMaxBackwardThreads}, 0, sizes.shared_bytes);
+  if (!shape) throw std::invalid_argument("latent_quantize: the inner dimension is too long for a block");
+  plan.geometry = shape->geometry;
+  plan.bins = Bins::kGlobal;
+  plan.slots = plan.classes = plan.members = plan.member_pitch = 1;
+  if (int64_t{shape->geometry.window_latents} * sizes.num_codes > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("latent_quantize: the codebook has more codes than a block can count");
+  plan.bins_pitch = static_cast<int32_t>(shape->geometry.window_latents * sizes.num_codes);
+  use_table(plan, table, sizes);
+}
+
+// Bins of the warps of a block.
+int64_t warp_bins_bytes(const Plan& plan, const Sizes& sizes) {
+  return int64_t{plan.geometry.threads} / kWarpThreads * plan.bins_pitch * sizes.value_bytes;
+}
+
+void plan_forward(Plan& plan, const PlanRequest& request, const Sizes& sizes) {
+  const Search search = choose_search(request, sizes);
+  const bool one_block = sizes.vectors() <= kMaxForwardThreads;
+  const ThreadBudget budget{one_block ? sizes.vectors() : kUsualThreads, kMaxForwardThreads};
+  plan.bins = Bins::kNone;
+  for (const Search kind : {search, Search::kGlobal}) {
+    const Table table(kind, sizes);
+    const auto shape = shape_for(sizes, budget, table.bytes_per_latent, sizes.shared_bytes - kTableSlackBytes - 16);
+    if (!shape) continue;
+    plan.geometry = shape->geometry;
+    use_table(plan, table, sizes);
+    return;
+  }
+  throw std::invalid_argument("latent_quantize: the inner dimension is too long for a block");
+}
+
+void plan_backward(Plan& plan, const PlanRequest& request, const Sizes& sizes) {
+  const Search search = choose_search(request, sizes);
+  const bool sortable = sizes.num_codes <= kMaxSortedCodes;
+  if (search != Search::kGlobal && request.bins != BinsChoice::kWarp && plan_thread_bins(plan, request, sizes, search))
+    return;
+  if (search != Search::kGlobal && sortable && plan_warp_bins(plan, sizes)) return;
+  plan_global_bins(plan, sizes);
+}
+
+int64_t count_chunks(const Plan& plan, const PlanRequest& request, const Sizes& sizes) {
+  const Geometry& geometry = plan.geometry;
+  const int64_t resident = request.backward ? kResidentThreadsBackward : kResidentThreadsForward;
+  const int64_t by_threads = std::max<int64_t>(1, resident / geometry.threads);
+  const int64_t by_memory =
+      std::max<int64_t>(1, request.device.max_shared_per_multiprocessor / (plan.shared_bytes + 1024));
+  int64_t blocks = request.device.multiprocessors * std::min(by_threads, by_memory);
+  if (plan.bins == Bins::kGlobal)
+    blocks = std::min(blocks, std::max<int64_t>(1, kMaxGlobalBinsBytes / warp_bins_bytes(plan, sizes)));
+  const int64_t most = divide_up(geometry.rows, geometry.stack);
+  return std::clamp<int64_t>(blocks / geometry.windows, 1, most);
+}
+
+// Few enough partial results at a time, and few enough counters.
+void plan_reduction(Plan& plan, bool backward) {
+  Geometry& geometry = plan.geometry;
+  const int64_t parts = backward ? geometry.chunks : int64_t{geometry.windows} * geometry.chunks;
+  int64_t fan = 1;
+  while (fan * fan < parts) ++fan;
+  // The loss is one number per block: any block can add up many.
+  if (!backward) fan = parts;
+  plan.fan = static_cast<int32_t>(fan);
+  plan.groups = static_cast<int32_t>(divide_up(parts, fan));
+  const int64_t counters = (backward ? geometry.windows : 1) * (int64_t{plan.groups} + 1);
+  if (counters > kMaxCounters) {
+    geometry.chunks = 1;
+    plan.fan = plan.groups = 1;
+  }
+  plan.counts = backward ? geometry.chunks > 1 : parts > 1;
+}
+
+}  // namespace
+
+Plan make_plan(const PlanRequest& request) {
+  const Sizes sizes(request);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (sizes.layout.num_latents > kMost || sizes.num_codes > kMost)
+    throw std::invalid_argument("latent_quantize: more than 2**31 - 1 latents or codes");
+  Plan plan{};
+  request.backward ? plan_backward(plan, request, sizes) : plan_forward(plan, request, sizes);
+  plan.shared_bytes = kScratchBytes + plan.table_bytes;
+  if (plan.bins == Bins::kThread) plan.shared_bytes += thread_bins_bytes(plan, sizes);
+  if (plan.bins == Bins::kWarp) plan.shared_bytes += warp_bins_bytes(plan, sizes);
+  plan.geometry.chunks = static_cast<int32_t>(count_chunks(plan, request, sizes));
+  plan_reduction(plan, request.backward);
+
+  const Geometry& geometry = plan.geometry;
+  const int64_t blocks = int64_t{geometry.windows} * geometry.chunks;
+  if (request.backward) {
+    const int64_t results = int64_t{geometry.window_latents} * sizes.num_codes * sizes.value_bytes;
+    if (plan.counts) plan.workspace_bytes = (blocks + int64_t{geometry.windows} * plan.groups) * results;
+    if (plan.bins == Bins::kGlobal) plan.workspace_bytes += blocks * warp_bins_bytes(plan, sizes);
+  } else if (plan.counts) {
+    plan.workspace_bytes = blocks * int64_t{sizeof(double)};
+  }
+  return plan;
+}
+
+}  // namespace qlae::cuda
