@@ -52,8 +52,8 @@ int attribute(cudaDeviceAttr name, int device) {
 }
 
 Device describe(int device) {
-  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+  return {attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
 const Kernels& kernels_for(ValueType type) {
@@ -83,12 +83,14 @@ struct Launcher::Plans {
 Launcher::Launcher(const Problem& problem) {
   const DeviceGuard guard(problem.device);
   const Device device = describe(problem.device);
-  const auto plan = [&](bool backward) {
-    return make_plan({problem, device, backward, search_choice.load(), bins_choice.load()});
+  const Kernels& kernels = kernels_for(problem.value_type);
+  const auto plan_for = [&](bool backward) {
+    const PlanRequest request{problem, device, backward, search_choice.load(), bins_choice.load()};
+    Plan plan = plan_blocks(request);
+    plan_grid(plan, request, kernels.resident_blocks(plan, backward, device.max_shared_per_block));
+    return plan;
   };
-  plans_ = std::make_unique<const Plans>(Plans{problem, kernels_for(problem.value_type), plan(false), plan(true)});
-  plans_->kernels.allow_shared_memory(plans_->forward, false, device.max_shared_per_block);
-  plans_->kernels.allow_shared_memory(plans_->backward, true, device.max_shared_per_block);
+  plans_ = std::make_unique<const Plans>(Plans{problem, kernels, plan_for(false), plan_for(true)});
 }
 
 Launcher::~Launcher() = default;

@@ -18,9 +18,14 @@ namespace {
 
 constexpr int64_t kUsualThreads = 256;
 constexpr int64_t kWarpThreads = 32;
-// Threads that a multiprocessor should have to hide the latency of memory.
-constexpr int64_t kResidentThreadsForward = 2048;
-constexpr int64_t kResidentThreadsBackward = 1024;
+// Elements up to which one block keeps all positions and residuals.
+constexpr int64_t kMaxStagedElements = 4096;
+constexpr int64_t kMaxStagedCodes = 64;
+// Partial results that one block adds up at once without losing time against two steps.
+constexpr int64_t kMaxPartsAtOnce = 16;
+// Vectors that are worth a thread with bins of its own, and a block's fewest threads where work is scarce.
+constexpr int64_t kVectorsPerThread = 4;
+constexpr int64_t kMinThreadsOfBlock = 128;
 // Threads from which bins per thread are worth having, warps from which bins per warp are.
 constexpr int64_t kMinThreadsWithBins = 256;
 constexpr int64_t kEnoughWarps = 8;
@@ -50,7 +55,7 @@ struct Sizes {
 
   explicit Sizes(const PlanRequest& request)
       : layout(request.problem.layout),
-        vector_length(16 / stored_bytes(request.problem.value_type)),
+        vector_length(vector_length_of(static_cast<int>(stored_bytes(request.problem.value_type)))),
         value_bytes(compute_bytes(request.problem.value_type)),
         num_codes(request.problem.max_codes),
         shared_bytes(request.device.max_shared_per_block - kScratchBytes) {
@@ -68,11 +73,11 @@ struct Table {
   int64_t bytes_per_latent;
 
   Table(Search kind, const Sizes& sizes) : search(kind), pitch(sizes.num_codes), levels(0), bytes_per_latent(0) {
-    if (kind == Search::kDirect) bytes_per_latent = pitch * sizes.value_bytes;
+    // Odd, so that the same position of different latents lies in different banks.
+    if (kind == Search::kDirect) bytes_per_latent = (pitch |= 1) * sizes.value_bytes;
     if (kind != Search::kSorted) return;
     levels = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(sizes.num_codes)));
-    // Odd, so that the same position of different latents lies in different banks.
-    pitch = levels | 1;
+    pitch = (levels + levels / 32) | 1;
     bytes_per_latent = pitch * (2 * sizes.value_bytes + 2) + sizes.value_bytes;
   }
   int64_t bytes(int64_t latents) const { return round_up(latents * bytes_per_latent + kTableSlackBytes, 16); }
@@ -103,6 +108,9 @@ Search choose_search(const PlanRequest& request, const Sizes& sizes) {
   return search == Search::kSorted && !sortable ? Search::kGlobal : search;
 }
 
+// A column that no thread owns.
+constexpr uint32_t kNeverReached = 1u << 31;
+
 // The multiple of `unit` up to `most` that fills whole warps best; near `wanted` among equals.
 int64_t choose_threads(int64_t unit, int64_t wanted, int64_t most) {
   int64_t best = unit;
@@ -128,7 +136,7 @@ struct Shape {
 };
 
 void set_threads(Geometry& geometry, int64_t row_threads, int64_t stack) {
-  geometry.row_threads = static_cast<int32_t>(row_threads);
+  geometry.row_threads = FastDivisor(static_cast<uint32_t>(row_threads));
   geometry.stack = static_cast<int32_t>(stack);
   geometry.threads = static_cast<int32_t>(round_up(row_threads * stack, kWarpThreads));
 }
@@ -147,8 +155,8 @@ std::optional<Shape> flat_shape(const Sizes& sizes, ThreadBudget budget) {
   geometry.limit = geometry.last_limit = sizes.layout.size();
   geometry.windows = 1;
   geometry.num_latents = geometry.window_latents = static_cast<int32_t>(sizes.layout.num_latents);
-  geometry.column_period = static_cast<int32_t>(sizes.period);
-  geometry.column_inner = static_cast<int32_t>(sizes.layout.inner);
+  geometry.column_period = FastDivisor(static_cast<uint32_t>(sizes.period));
+  geometry.column_inner = FastDivisor(static_cast<uint32_t>(sizes.layout.inner));
   geometry.aligned = true;
   // Only whole rows of whole classes repeat the same latents.
   return Shape{geometry, active % classes == 0 ? classes : active};
@@ -168,7 +176,7 @@ Shape runs_shape(const Sizes& sizes, ThreadBudget budget) {
   geometry.limit = geometry.last_limit = sizes.layout.inner;
   geometry.windows = geometry.num_latents = static_cast<int32_t>(sizes.layout.num_latents);
   geometry.window_latents = 1;
-  geometry.column_period = geometry.column_inner = std::numeric_limits<int32_t>::max();
+  geometry.column_period = geometry.column_inner = FastDivisor(kNeverReached);
   geometry.aligned = sizes.layout.inner % sizes.vector_length == 0;
   return {geometry, 1};
 }
@@ -189,8 +197,8 @@ Shape windows_shape(const Sizes& sizes, ThreadBudget budget, int64_t latents) {
   geometry.windows = static_cast<int32_t>(windows);
   geometry.num_latents = static_cast<int32_t>(sizes.layout.num_latents);
   geometry.window_latents = static_cast<int32_t>(latents);
-  geometry.column_period = std::numeric_limits<int32_t>::max();
-  geometry.column_inner = static_cast<int32_t>(sizes.layout.inner);
+  geometry.column_period = FastDivisor(kNeverReached);
+  geometry.column_inner = FastDivisor(static_cast<uint32_t>(sizes.layout.inner));
   geometry.aligned = width % sizes.vector_length == 0 && sizes.period % sizes.vector_length == 0;
   return {geometry, row_threads};
 }
@@ -209,8 +217,8 @@ int64_t latents_of_window(const Sizes& sizes, int64_t threads, int64_t bytes_per
   const int64_t by_memory = bytes_per_latent == 0 ? by_columns : bytes / bytes_per_latent;
   const int64_t latents = std::min({by_columns, by_memory, sizes.layout.num_latents});
   const int64_t unit = window_unit(sizes);
-  if (latents >= unit) return latents / unit * unit;
-  return latents;
+  // Fewer latents than that are read element by element.
+  return latents >= unit ? latents / unit * unit : latents;
 }
 
 std::optional<Shape> shape_for(const Sizes& sizes, ThreadBudget budget, int64_t bytes_per_latent, int64_t bytes) {
@@ -226,9 +234,16 @@ std::optional<Shape> shape_for(const Sizes& sizes, ThreadBudget budget, int64_t 
   return windows_shape(sizes, budget, latents);
 }
 
+int64_t positions_of(Search search, const Sizes& sizes) {
+  return search == Search::kSorted ? skewed(static_cast<int32_t>(sizes.num_codes - 1)) + 1 : sizes.num_codes;
+}
+
 void use_table(Plan& plan, const Table& table, const Sizes& sizes) {
   plan.search = table.search;
   plan.num_codes = static_cast<int32_t>(sizes.num_codes);
+  plan.num_positions = static_cast<int32_t>(positions_of(table.search, sizes));
+  plan.positions_divisor = FastDivisor(static_cast<uint32_t>(plan.num_positions));
+  plan.latents_divisor = FastDivisor(static_cast<uint32_t>(plan.geometry.window_latents));
   plan.table_pitch = static_cast<int32_t>(table.pitch);
   plan.table_levels = static_cast<int32_t>(table.levels);
   plan.table_bytes = static_cast<int32_t>(table.search == Search::kGlobal ? 0 : table.bytes(plan.geometry.window_latents));
@@ -243,7 +258,7 @@ int64_t pitch_of_members(int64_t classes, int64_t members) {
 }
 
 void place_bins_per_thread(Plan& plan, const Shape& shape) {
-  const int64_t active = int64_t{shape.geometry.row_threads} * shape.geometry.stack;
+  const int64_t active = int64_t{shape.geometry.row_threads.divisor} * shape.geometry.stack;
   plan.bins = Bins::kThread;
   plan.slots = shape.geometry.window_latents == 1 ? 1 : plan.slots;
   plan.classes = shape.geometry.window_latents == 1 ? 1 : static_cast<int32_t>(shape.classes);
@@ -253,18 +268,22 @@ void place_bins_per_thread(Plan& plan, const Shape& shape) {
 }
 
 int64_t thread_bins_bytes(const Plan& plan, const Sizes& sizes) {
-  return int64_t{plan.slots} * sizes.num_codes * plan.bins_pitch * sizes.value_bytes;
+  return int64_t{plan.slots} * plan.num_positions * plan.bins_pitch * sizes.value_bytes;
 }
 
 bool plan_thread_bins(Plan& plan, const PlanRequest& request, const Sizes& sizes, Search search) {
   const Table table(search == Search::kGlobal ? Search::kDirect : search, sizes);
   const int64_t vectors = sizes.vectors();
-  const int64_t least =
-      request.bins == BinsChoice::kThread ? kWarpThreads : std::min<int64_t>(vectors, kMinThreadsWithBins);
-  int64_t most = std::clamp<int64_t>(vectors, kWarpThreads, kMaxBackwardThreads);
+  const int64_t least = request.bins == BinsChoice::kThread
+                            ? kWarpThreads
+                            : std::min<int64_t>({vectors, kMinThreadsWithBins, kMinThreadsOfBlock});
+  // Each thread's bins have to be cleared and added up: only as many threads as find a few vectors each.
+  const int64_t useful = vectors / (kVectorsPerThread * request.device.multiprocessors);
+  int64_t most = std::min(std::max(kMinThreadsOfBlock, useful / kWarpThreads * kWarpThreads),
+                          std::clamp<int64_t>(vectors, kWarpThreads, kMaxBackwardThreads));
   for (; most >= least; most -= most > kWarpThreads ? kWarpThreads : 1) {
     const auto shape = shape_for(sizes, {most, most}, table.bytes_per_latent, sizes.shared_bytes / 2);
-    if (!shape || int64_t{shape->geometry.row_threads} * shape->geometry.stack < least) return false;
+    if (!shape || int64_t{shape->geometry.row_threads.divisor} * shape->geometry.stack < least) return false;
     plan.geometry = shape->geometry;
     plan.slots = static_cast<int32_t>(sizes.vector_length);
     place_bins_per_thread(plan, *shape);
@@ -274,10 +293,31 @@ bool plan_thread_bins(Plan& plan, const PlanRequest& request, const Sizes& sizes
   return false;
 }
 
+// All elements in one block, a vector per thread.
+bool plan_staged(Plan& plan, const PlanRequest& request, const Sizes& sizes, Search search) {
+  if (request.bins != BinsChoice::kAuto || search == Search::kGlobal) return false;
+  if (sizes.vectors() > kMaxBackwardThreads || sizes.layout.size() > kMaxStagedElements) return false;
+  const Table table(search, sizes);
+  if (sizes.num_codes > kMaxStagedCodes || table.bytes(sizes.layout.num_latents) > sizes.shared_bytes / 2) return false;
+  const auto shape = flat_shape(sizes, {sizes.vectors(), kMaxBackwardThreads});
+  if (!shape) return false;
+  plan.geometry = shape->geometry;
+  plan.bins = Bins::kStaged;
+  plan.slots = plan.classes = plan.members = plan.member_pitch = plan.peer_step = 1;
+  use_table(plan, table, sizes);
+  return true;
+}
+
+// Positions and residuals of all elements, skewed.
+int64_t staged_bytes(const Sizes& sizes) {
+  return (skewed(static_cast<int32_t>(sizes.layout.size())) + 1) * (sizes.value_bytes + int64_t{sizeof(int32_t)}) + 8;
+}
+
 bool plan_warp_bins(Plan& plan, const Sizes& sizes) {
   const Table table(Search::kSorted, sizes);
   const int64_t unit = window_unit(sizes);
-  const int64_t bins_of_latent = sizes.num_codes * sizes.value_bytes;
+  // A bin lies as far from the first as its code does in the table.
+  const int64_t bins_of_latent = table.pitch * sizes.value_bytes;
   std::optional<Plan> best;
   for (int64_t latents = sizes.layout.num_latents; latents > 0;) {
     const int64_t left = sizes.shared_bytes - table.bytes(latents);
@@ -291,14 +331,19 @@ bool plan_warp_bins(Plan& plan, const Sizes& sizes) {
         candidate.geometry = shape->geometry;
         candidate.bins = Bins::kWarp;
         candidate.slots = candidate.classes = candidate.members = candidate.member_pitch = 1;
-        candidate.bins_pitch = static_cast<int32_t>(shape->geometry.window_latents * sizes.num_codes);
         use_table(candidate, table, sizes);
+        candidate.num_positions = candidate.table_pitch;
+        candidate.positions_divisor = FastDivisor(static_cast<uint32_t>(candidate.num_positions));
+        candidate.bins_pitch = candidate.geometry.window_latents * candidate.num_positions;
+        // With a longer inner dimension neighbouring lanes share latents, too.
+        candidate.columns_apart = sizes.layout.inner == 1 && sizes.period % sizes.vector_length == 0 &&
+                                  candidate.geometry.window_latents % sizes.vector_length == 0;
+        candidate.peer_step = sizes.layout.inner == 1 ? static_cast<int32_t>(std::min<int64_t>(shape->classes, kWarpThreads)) : 1;
         if (!best || candidate.geometry.threads > best->geometry.threads) best = candidate;
         if (warps >= kEnoughWarps) break;
       }
     }
-    if (latents <= unit) break;
-    latents = std::max(unit, latents / 2 / unit * unit);
+    latents = latents > unit ? std::max(unit, latents / 2 / unit * unit) : best ? 0 : latents / 2;
   }
   if (!best) return false;
   plan = *best;
@@ -306,13 +351,12 @@ bool plan_warp_bins(Plan& plan, const Sizes& sizes) {
 }
 
 void plan_global_bins(Plan& plan, const Sizes& sizes) {
-  // One warp per block: its bins may be large.
   const Table table(Search::kGlobal, sizes);
   const auto shape = shape_for(sizes, {kUsualThreads, kMaxBackwardThreads}, 0, sizes.shared_bytes);
   if (!shape) throw std::invalid_argument("latent_quantize: the inner dimension is too long for a block");
   plan.geometry = shape->geometry;
   plan.bins = Bins::kGlobal;
-  plan.slots = plan.classes = plan.members = plan.member_pitch = 1;
+  plan.slots = plan.classes = plan.members = plan.member_pitch = plan.peer_step = 1;
   if (int64_t{shape->geometry.window_latents} * sizes.num_codes > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("latent_quantize: the codebook has more codes than a block can count");
   plan.bins_pitch = static_cast<int32_t>(shape->geometry.window_latents * sizes.num_codes);
@@ -343,23 +387,11 @@ void plan_forward(Plan& plan, const PlanRequest& request, const Sizes& sizes) {
 void plan_backward(Plan& plan, const PlanRequest& request, const Sizes& sizes) {
   const Search search = choose_search(request, sizes);
   const bool sortable = sizes.num_codes <= kMaxSortedCodes;
+  if (plan_staged(plan, request, sizes, search)) return;
   if (search != Search::kGlobal && request.bins != BinsChoice::kWarp && plan_thread_bins(plan, request, sizes, search))
     return;
   if (search != Search::kGlobal && sortable && plan_warp_bins(plan, sizes)) return;
   plan_global_bins(plan, sizes);
-}
-
-int64_t count_chunks(const Plan& plan, const PlanRequest& request, const Sizes& sizes) {
-  const Geometry& geometry = plan.geometry;
-  const int64_t resident = request.backward ? kResidentThreadsBackward : kResidentThreadsForward;
-  const int64_t by_threads = std::max<int64_t>(1, resident / geometry.threads);
-  const int64_t by_memory =
-      std::max<int64_t>(1, request.device.max_shared_per_multiprocessor / (plan.shared_bytes + 1024));
-  int64_t blocks = request.device.multiprocessors * std::min(by_threads, by_memory);
-  if (plan.bins == Bins::kGlobal)
-    blocks = std::min(blocks, std::max<int64_t>(1, kMaxGlobalBinsBytes / warp_bins_bytes(plan, sizes)));
-  const int64_t most = divide_up(geometry.rows, geometry.stack);
-  return std::clamp<int64_t>(blocks / geometry.windows, 1, most);
 }
 
 // Few enough partial results at a time, and few enough counters.
@@ -369,7 +401,7 @@ void plan_reduction(Plan& plan, bool backward) {
   int64_t fan = 1;
   while (fan * fan < parts) ++fan;
   // The loss is one number per block: any block can add up many.
-  if (!backward) fan = parts;
+  if (!backward || parts <= kMaxPartsAtOnce) fan = parts;
   plan.fan = static_cast<int32_t>(fan);
   plan.groups = static_cast<int32_t>(divide_up(parts, fan));
   const int64_t counters = (backward ? geometry.windows : 1) * (int64_t{plan.groups} + 1);
@@ -382,7 +414,7 @@ void plan_reduction(Plan& plan, bool backward) {
 
 }  // namespace
 
-Plan make_plan(const PlanRequest& request) {
+Plan plan_blocks(const PlanRequest& request) {
   const Sizes sizes(request);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (sizes.layout.num_latents > kMost || sizes.num_codes > kMost)
@@ -390,21 +422,33 @@ Plan make_plan(const PlanRequest& request) {
   Plan plan{};
   request.backward ? plan_backward(plan, request, sizes) : plan_forward(plan, request, sizes);
   plan.shared_bytes = kScratchBytes + plan.table_bytes;
+  if (plan.bins == Bins::kStaged) plan.shared_bytes += staged_bytes(sizes);
   if (plan.bins == Bins::kThread) plan.shared_bytes += thread_bins_bytes(plan, sizes);
   if (plan.bins == Bins::kWarp) plan.shared_bytes += warp_bins_bytes(plan, sizes);
-  plan.geometry.chunks = static_cast<int32_t>(count_chunks(plan, request, sizes));
-  plan_reduction(plan, request.backward);
-
-  const Geometry& geometry = plan.geometry;
-  const int64_t blocks = int64_t{geometry.windows} * geometry.chunks;
-  if (request.backward) {
-    const int64_t results = int64_t{geometry.window_latents} * sizes.num_codes * sizes.value_bytes;
-    if (plan.counts) plan.workspace_bytes = (blocks + int64_t{geometry.windows} * plan.groups) * results;
-    if (plan.bins == Bins::kGlobal) plan.workspace_bytes += blocks * warp_bins_bytes(plan, sizes);
-  } else if (plan.counts) {
-    plan.workspace_bytes = blocks * int64_t{sizeof(double)};
-  }
   return plan;
+}
+
+void plan_grid(Plan& plan, const PlanRequest& request, int32_t resident_blocks) {
+  const Sizes sizes(request);
+  Geometry& geometry = plan.geometry;
+  int64_t blocks = int64_t{request.device.multiprocessors} * std::max(1, resident_blocks);
+  if (plan.bins == Bins::kGlobal)
+    blocks = std::min(blocks, std::max<int64_t>(1, kMaxGlobalBinsBytes / warp_bins_bytes(plan, sizes)));
+  const int64_t rows_of_block = request.backward ? int64_t{2} * geometry.stack : geometry.stack;
+  const int64_t most = divide_up(geometry.rows, rows_of_block);
+  geometry.chunks = static_cast<int32_t>(std::clamp<int64_t>(blocks / geometry.windows, 1, most));
+  plan_reduction(plan, request.backward);
+  geometry.chunks_divisor = FastDivisor(static_cast<uint32_t>(geometry.chunks));
+
+  const int64_t all_blocks = int64_t{geometry.windows} * geometry.chunks;
+  plan.workspace_bytes = 0;
+  if (request.backward) {
+    const int64_t results = int64_t{geometry.window_latents} * plan.num_positions * sizes.value_bytes;
+    if (plan.counts) plan.workspace_bytes = (all_blocks + int64_t{geometry.windows} * plan.groups) * results;
+    if (plan.bins == Bins::kGlobal) plan.workspace_bytes += all_blocks * warp_bins_bytes(plan, sizes);
+  } else if (plan.counts) {
+    plan.workspace_bytes = all_blocks * int64_t{sizeof(double)};
+  }
 }
 
 }  // namespace qlae::cuda

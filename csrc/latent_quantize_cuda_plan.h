@@ -39,6 +39,7 @@ enum class Search : int32_t {
 // Where residuals are summed per code.
 enum class Bins : int32_t {
   kNone,
+  kStaged,  // nowhere: positions and residuals of all elements lie in shared memory until a warp sums each latent's
   kThread,  // shared memory, per thread
   kWarp,    // shared memory, per warp
   kGlobal,  // the workspace, per warp
@@ -62,9 +63,10 @@ struct Geometry {
   int32_t chunks;
   int32_t num_latents;     // of all windows
   int32_t window_latents;  // of one window; the last may have fewer
-  int32_t column_period;   // column c belongs to local latent (c % column_period) / column_inner
-  int32_t column_inner;
-  int32_t row_threads;  // threads that share a row
+  FastDivisor column_period;  // column c belongs to local latent (c % column_period) / column_inner
+  FastDivisor column_inner;
+  FastDivisor chunks_divisor;
+  FastDivisor row_threads;  // threads that share a row
   int32_t stack;        // rows of a block at a time; row_threads * stack threads own columns
   int32_t threads;      // of a block
   bool aligned;         // rows start at multiples of a vector
@@ -73,10 +75,13 @@ struct Geometry {
 struct Plan {
   Geometry geometry;
   Search search;
-  int32_t num_codes;     // largest number of codes of a latent
-  int32_t table_pitch;   // entries of a latent's table; for kSorted, padded
-  int32_t table_levels;  // the power of two that holds num_codes
+  int32_t num_codes;      // largest number of codes of a latent
+  int32_t num_positions;  // places of a latent's codes in its table: for kSorted, skewed
+  int32_t table_pitch;    // entries of a latent's table
+  int32_t table_levels;   // the power of two that holds num_codes
   int32_t table_bytes;
+  FastDivisor positions_divisor;
+  FastDivisor latents_divisor;  // window_latents
 
   Bins bins;
   int32_t slots;         // sets of bins of a thread: one, or one per column
@@ -84,6 +89,8 @@ struct Plan {
   int32_t members;       // threads of a class
   int32_t member_pitch;  // the threads of one class lie side by side in shared memory
   int32_t bins_pitch;    // classes * member_pitch for kThread; bins of a warp for the others
+  int32_t peer_step;     // lanes of a warp that may share a latent differ by a multiple of this
+  bool columns_apart;    // different columns of any two lanes belong to different latents
 
   int32_t fan;           // partial results that a block adds up at a time
   int32_t groups;        // of chunks
@@ -101,10 +108,13 @@ inline constexpr int64_t kScratchBytes = 512;
 // Room for the arrays of a table to start at multiples of 8 bytes.
 inline constexpr int64_t kTableSlackBytes = 32;
 
+// The skewed place of sorted position m: one entry is left free after every 32, so that the boundaries that a binary
+// search reads in the same step lie in different banks of shared memory.
+QLAE_DEVICE int32_t skewed(int32_t position) { return position + position / 32; }
+
 struct Device {
   int32_t multiprocessors;
   int64_t max_shared_per_block;
-  int64_t max_shared_per_multiprocessor;
 };
 
 struct PlanRequest {
@@ -115,10 +125,17 @@ struct PlanRequest {
   BinsChoice bins;
 };
 
+// Neighbouring elements of a thread: 16 bytes of float32 and float64. Half types take 8 bytes, since what a thread keeps
+// per element is as much as for float32.
+constexpr int vector_length_of(int stored_bytes) { return stored_bytes == 2 ? 4 : 16 / stored_bytes; }
+
 int64_t stored_bytes(ValueType type);
 int64_t compute_bytes(ValueType type);
 
-// Throws std::invalid_argument for sizes beyond what indices of rows and blocks hold.
-Plan make_plan(const PlanRequest& request);
+// Everything but how many blocks there are. Throws std::invalid_argument for sizes beyond what indices hold.
+Plan plan_blocks(const PlanRequest& request);
+
+// Completes the plan for a device that runs `resident_blocks` such blocks per multiprocessor at a time.
+void plan_grid(Plan& plan, const PlanRequest& request, int32_t resident_blocks);
 
 }  // namespace qlae::cuda

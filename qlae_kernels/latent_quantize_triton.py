@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -23,13 +24,18 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 DEVICE_TYPES: tuple[str, ...] = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 
 NUM_WARPS = 4
+# A thread's part of a piece is one vector of 16 bytes of float32 or float64. The interpreter is slow per operation, not
+# per element.
+PIECE, PIECES = (8192, 1) if _INTERPRETED else (NUM_WARPS * 32 * 4, 4)
 # Columns of a window where consecutive elements belong to consecutive latents.
 WINDOW = 64
-# Up to this many codes the loops over them are unrolled and the backward sums are kept in registers.
-MOST_UNROLLED_CODES = 16
+# Up to this many codes the loops over them are unrolled and the backward sums are kept in registers, of which float64
+# takes two each.
+MOST_UNROLLED_CODES = {torch.float32: 16, torch.float64: 12}
 # Launches of one program need no workspace; this many elements, with those that pad a tile, take few microseconds.
 MOST_ELEMENTS_OF_ONE_PROGRAM = 8192
-PROGRAMS_PER_PROCESSOR = 4
+# Whole waves where registers leave room for 1, 2, 3, 4 or 6 programs on a multiprocessor.
+PROGRAMS_PER_PROCESSOR = 12
 # More tiles than this per program would let rounding errors of its float32 sums grow.
 MOST_TILES_PER_PROGRAM = 1024
 # The sums of many codes are kept in memory, [programs, K, columns].
@@ -67,9 +73,22 @@ class Plan:
     wide: bool
 
     def sizes(self, num_codes: int) -> tuple[int, ...]:
-        """Arguments of both kernels."""
+        """Arguments of both kernels: size_units, num_latents, spacing_units, num_codes, windows, parts, tiles."""
         units = (self.size // self.align, self.num_latents, self.spacing // self.align)
         return (*units, num_codes, self.windows, self.parts, self.tiles)
+
+    def constants(self, ragged: bool) -> dict[str, int | bool]:
+        """What both kernels are compiled for."""
+        return {
+            "BLOCK": self.block,
+            "ROWS": self.rows // self.repeat,
+            "REPEAT": self.repeat,
+            "FEW": self.few,
+            "ALIGN": self.align,
+            "RUNS": self.runs,
+            "WIDE": self.wide,
+            "RAGGED": ragged,
+        }
 
     @property
     def programs(self) -> int:
@@ -101,19 +120,17 @@ def plan(problem: Problem, processors: int, summing_codes: bool) -> Plan:
     if problem.rows == 1:
         outer, num_latents, inner = problem.size, 1, 1
     size, num_codes = problem.size, problem.stride
-    few = num_codes if num_codes <= MOST_UNROLLED_CODES else 0
+    few = num_codes if num_codes <= MOST_UNROLLED_CODES[problem.compute_dtype] else 0
     target = processors * PROGRAMS_PER_PROCESSOR
-    # What the threads of one program load at once, each a vector.
-    at_once = NUM_WARPS * 32 * (2 if problem.value_dtype.itemsize == 8 else 4)
+    piece = PIECE // 2 if problem.value_dtype.itemsize == 8 else PIECE
     runs = inner > 1
     if runs:
         block, spacing, windows, samples = 1, inner, num_latents, outer * inner
     else:
         block, spacing = _window(outer, num_latents, target)
         windows, samples = -(-spacing // block), -(-size // spacing)
-    # Of a small problem one load is enough.
-    repeat = 4 if samples * block > at_once else 1
-    rows = repeat * at_once // block
+    repeat = PIECES if samples * block > piece else 1
+    rows = repeat * piece // block
     tiles = -(-samples // rows)
     parts = target // windows
     if summing_codes and not few:
@@ -173,8 +190,36 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _counters(device: torch.device) -> Tensor:
-    return counters(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _are_aligned(*tensors: Tensor | None) -> bool:
+    """Whether all start at a multiple of 16 bytes, as memory from PyTorch's allocator does; views may not."""
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+# Launches a kernel with its runtime arguments; `aligned` says whether the given tensors are.
+Launch = Callable[[bool, int, tuple[Any, ...]], None]
+
+
+def _launcher(kernel: Any, programs: int, constants: dict[str, int | bool]) -> Launch:
+    """A launch that looks for the compiled kernel once: triton's own search takes longer than a small launch."""
+    grid = (programs, 1, 1)
+    values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    found: Callable[..., None] | None = None
+
+    def launch(aligned: bool, stream: int, arguments: tuple[Any, ...]) -> None:
+        nonlocal found
+        if aligned and found is not None:
+            found(*arguments, *values, stream=stream)
+            return
+        compiled = kernel[grid](*arguments, **constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        # The interpreter compiles nothing.
+        if aligned and compiled is not None:
+            found = compiled[grid]
+
+    return launch
 
 
 def prepare(problem: Problem) -> tuple[Forward, Backward]:
@@ -208,65 +253,50 @@ def _levels(problem: Problem) -> Tensor | None:
 
 
 def _prepare_forward(problem: Problem) -> Forward:
-    kernel = _kernels().forward_kernel
     cut = plan(problem, _processors(problem.device), summing_codes=False)
     levels, device = _levels(problem), problem.device
     index_dtype, return_indices = problem.index_dtype, problem.return_indices
     loss_scale = (problem.quantization_weight + problem.commitment_weight) / problem.size
     single = cut.programs == 1
-    sizes = cut.sizes(problem.stride)
-    constants = {
-        "BLOCK": cut.block,
-        "ROWS": cut.rows // cut.repeat,
-        "REPEAT": cut.repeat,
-        "FEW": cut.few,
-        "ALIGN": cut.align,
-        "RUNS": cut.runs,
-        "WIDE": cut.wide,
-        "RAGGED": levels is not None,
-        "INDICES": return_indices,
-        "SINGLE": single,
-        "num_warps": NUM_WARPS,
-        "enable_fp_fusion": False,
-    }
-    grid = (cut.programs, 1, 1)
+    constants = cut.constants(levels is not None) | {"INDICES": return_indices, "SINGLE": single}
+    launch = _launcher(_kernels().forward_kernel, cut.programs, constants)
+    numbers = (loss_scale, *cut.sizes(problem.stride))
 
     def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        quantized = torch.empty_like(z)
-        indices = torch.empty_like(z, dtype=index_dtype) if return_indices else None
-        loss = codebook.new_empty(())
-        partials = None if single else torch.empty(cut.programs, dtype=torch.float64, device=device)
-        tensors = (z, codebook, levels, quantized, indices, loss, partials, None if single else _counters(device))
         with _on(device):
-            kernel[grid](*tensors, loss_scale, *sizes, **constants)
+            stream = _stream(device)
+            quantized = torch.empty_like(z)
+            indices = torch.empty_like(z, dtype=index_dtype) if return_indices else None
+            loss = codebook.new_empty(())
+            partials = tickets = None
+            if not single:
+                partials = torch.empty(cut.programs, dtype=torch.float64, device=device)
+                tickets = counters(device, stream)
+            tensors = (z, codebook, levels, quantized, indices, loss, partials, tickets)
+            launch(_are_aligned(z, codebook), stream, tensors + numbers)
         return quantized, indices, loss
 
     return forward
 
 
 def _prepare_backward(problem: Problem) -> Backward:
-    kernel = _kernels().backward_kernel
     cut = plan(problem, _processors(problem.device), summing_codes=True)
     levels, device, compute_dtype = _levels(problem), problem.device, problem.compute_dtype
     scales = (2 / problem.size * problem.commitment_weight, 2 / problem.size * problem.quantization_weight)
-    sizes = cut.sizes(problem.stride)
-    constants = {
-        "BLOCK": cut.block,
-        "ROWS": cut.rows // cut.repeat,
-        "REPEAT": cut.repeat,
-        "FEW": cut.few,
-        "ALIGN": cut.align,
-        "RUNS": cut.runs,
-        "WIDE": cut.wide,
-        "RAGGED": levels is not None,
-        "DIRECT": cut.direct,
-        "FOLDED": cut.folded,
-        "num_warps": NUM_WARPS,
-        "enable_fp_fusion": False,
-    }
-    grid = (cut.programs, 1, 1)
+    numbers = (*scales, *cut.sizes(problem.stride), cut.group_size)
     groups = -(-cut.parts // cut.group_size)
     entries = cut.windows * cut.block * problem.stride
+
+    @cache
+    def launcher(has_grad_quantized: bool, need_grad_z: bool, need_grad_codebook: bool) -> Launch:
+        constants = cut.constants(levels is not None) | {
+            "GRAD_QUANTIZED": has_grad_quantized,
+            "GRAD_Z": need_grad_z,
+            "GRAD_CODEBOOK": need_grad_codebook,
+            "DIRECT": cut.direct,
+            "FOLDED": cut.folded,
+        }
+        return _launcher(_kernels().backward_kernel, cut.programs, constants)
 
     def backward(
         z: Tensor,
@@ -276,27 +306,20 @@ def _prepare_backward(problem: Problem) -> Backward:
         need_grad_z: bool,
         need_grad_codebook: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        grad_z = torch.empty_like(z) if need_grad_z else None
-        grad_codebook = partials = sums = tickets = None
-        if need_grad_codebook:
-            grad_codebook = torch.empty_like(codebook)
-            if not (cut.direct and cut.few):
-                partials = torch.empty(cut.parts * entries, dtype=compute_dtype, device=device)
-            if not cut.direct:
-                sums = torch.empty(groups * entries, dtype=torch.float64, device=device)
-                tickets = _counters(device)
-        tensors = (z, codebook, levels, grad_quantized, grad_loss, grad_z, grad_codebook, partials, sums, tickets)
         with _on(device):
-            kernel[grid](
-                *tensors,
-                *scales,
-                *sizes,
-                cut.group_size,
-                GRAD_QUANTIZED=grad_quantized is not None,
-                GRAD_Z=need_grad_z,
-                GRAD_CODEBOOK=need_grad_codebook,
-                **constants,
-            )
+            stream = _stream(device)
+            grad_z = torch.empty_like(z) if need_grad_z else None
+            grad_codebook = partials = sums = tickets = None
+            if need_grad_codebook:
+                grad_codebook = torch.empty_like(codebook)
+                if not (cut.direct and cut.few):
+                    partials = torch.empty(cut.parts * entries, dtype=compute_dtype, device=device)
+                if not cut.direct:
+                    sums = torch.empty(groups * entries, dtype=torch.float64, device=device)
+                    tickets = counters(device, stream)
+            tensors = (z, codebook, levels, grad_quantized, grad_loss, grad_z, grad_codebook, partials, sums, tickets)
+            launch = launcher(grad_quantized is not None, need_grad_z, need_grad_codebook)
+            launch(_are_aligned(z, codebook, grad_quantized), stream, tensors + numbers)
         return grad_z, grad_codebook
 
     return backward

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 # Sizes that change from call to call must not cost a compilation each.
-_SIZES = ("size_units", "num_latents", "spacing_units", "num_codes", "windows", "parts", "tiles", "group_size")
+SIZES = ("size_units", "num_latents", "spacing_units", "num_codes", "windows", "parts", "tiles", "group_size")
+# A view of a tensor of losses may start anywhere.
+SCALARS = ("loss_ptr", "grad_loss_ptr")
 
 
 # Whether triton's interpreter runs the kernels, on the CPU.
@@ -25,10 +27,21 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def _rounded(values, DTYPE: tl.constexpr):
     """Values rounded to the nearest of a dtype."""
     # The interpreter cuts off the bits that a GPU rounds.
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+        return (values.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def _widened(values, DTYPE: tl.constexpr):
+    """The same values in the compute dtype."""
+    # The interpreter turns subnormal values to 0.
+    if _INTERPRETED and values.dtype == tl.bfloat16:
+        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
     return values.to(DTYPE)
 
 
@@ -47,7 +60,7 @@ def _places(
 ):
     """Offsets [ROWS, BLOCK] of a piece and which of them exist; `spacing` is the inner size, or else the period."""
     if WIDE:
-        piece = piece.to(tl.int64)
+        piece = tl.zeros([1, 1], tl.int64) + piece
     rows = piece * ROWS + tl.arange(0, ROWS)[:, None]
     if RUNS:
         offsets = (rows // spacing * num_latents + columns) * spacing + rows % spacing
@@ -77,7 +90,7 @@ def _load_tile(
     exists = ()
     for piece in tl.static_range(REPEAT):
         offsets, valid = _places(tile * REPEAT + piece, columns, exist, size, num_latents, spacing, ROWS, RUNS, WIDE)
-        z = z + (tl.load(z_ptr + offsets, mask=valid, other=0.0).to(DTYPE),)
+        z = z + (_widened(tl.load(z_ptr + offsets, mask=valid, other=0.0), DTYPE),)
         places = places + (offsets,)
         exists = exists + (valid,)
     return z, places, exists
@@ -92,13 +105,18 @@ def _load_code(codebook_ptr, row_starts, k, counts, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def _first_nan(codebook_ptr, row_starts, counts, num_codes, RAGGED: tl.constexpr):
+def _first_nan(codebook_ptr, row_starts, counts, num_codes, FEW: tl.constexpr, RAGGED: tl.constexpr):
     """The first code of every column that is NaN, or -1: to argmin a NaN distance is the smallest."""
     found = tl.full(row_starts.shape, -1, tl.int32)
-    for step in range(num_codes):
-        k = num_codes - 1 - step
-        code = _load_code(codebook_ptr, row_starts, k, counts, RAGGED)
-        found = tl.where((code != code) & (k < counts), k, found)
+    if FEW > 0:
+        for step in tl.static_range(FEW):
+            code = _load_code(codebook_ptr, row_starts, FEW - 1 - step, counts, RAGGED)
+            found = tl.where((code != code) & (FEW - 1 - step < counts), FEW - 1 - step, found)
+    else:
+        for step in range(num_codes):
+            k = num_codes - 1 - step
+            code = _load_code(codebook_ptr, row_starts, k, counts, RAGGED)
+            found = tl.where((code != code) & (k < counts), k, found)
     return found
 
 
@@ -126,7 +144,7 @@ def _nearest(z, codebook_ptr, row_starts, counts, first_nan, num_codes, FEW: tl.
     indices = ()
     for piece in tl.static_range(len(z)):
         residuals = residuals + (z[piece] - first,)
-        codes = codes + (first + tl.zeros(z[piece].shape, z[piece].dtype),)
+        codes = codes + (tl.broadcast_to(first, z[piece].shape),)
         indices = indices + (tl.zeros(z[piece].shape, tl.int32),)
     if FEW > 0:
         for k in tl.static_range(1, FEW):
@@ -177,7 +195,7 @@ def _is_last(counter_ptr, arrivals):
     return last
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALARS)
 def forward_kernel(
     z_ptr,
     codebook_ptr,
@@ -218,7 +236,7 @@ def forward_kernel(
     columns, latents, exist = _columns(window, num_latents, spacing, RUNS, BLOCK)
     row_starts = latents * num_codes
     counts = tl.load(levels_ptr + latents) if RAGGED else tl.full([1, BLOCK], num_codes, tl.int32)
-    first_nan = _first_nan(codebook_ptr, row_starts, counts, num_codes, RAGGED)
+    first_nan = _first_nan(codebook_ptr, row_starts, counts, num_codes, FEW, RAGGED)
 
     squares = tl.zeros([ROWS, BLOCK], compute)
     for tile in range(part, tiles, parts):
@@ -342,7 +360,7 @@ def _combine(
                     tl.store(target_ptr, (scale * sums).to(element), mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALARS)
 def backward_kernel(
     z_ptr,
     codebook_ptr,
@@ -393,7 +411,7 @@ def backward_kernel(
     columns, latents, exist = _columns(window, num_latents, spacing, RUNS, BLOCK)
     row_starts = latents * num_codes
     counts = tl.load(levels_ptr + latents) if RAGGED else tl.full([1, BLOCK], num_codes, tl.int32)
-    first_nan = _first_nan(codebook_ptr, row_starts, counts, num_codes, RAGGED)
+    first_nan = _first_nan(codebook_ptr, row_starts, counts, num_codes, FEW, RAGGED)
     grad_loss = tl.load(grad_loss_ptr).to(tl.float64)
     residual_scale = (commitment_scale * grad_loss).to(compute)
     code_scale = -quantization_scale * grad_loss
@@ -412,7 +430,7 @@ def backward_kernel(
                 gradient = residual_scale * residuals[piece]
                 offsets, valid = places[piece], exists[piece]
                 if GRAD_QUANTIZED:
-                    gradient += tl.load(grad_quantized_ptr + offsets, mask=valid, other=0.0).to(compute)
+                    gradient += _widened(tl.load(grad_quantized_ptr + offsets, mask=valid, other=0.0), compute)
                 tl.store(grad_z_ptr + offsets, _rounded(gradient, grad_z_ptr.dtype.element_ty), mask=valid)
         if GRAD_CODEBOOK:
             if FEW > 0:

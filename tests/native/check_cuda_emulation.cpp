@@ -33,8 +33,10 @@ constexpr unsigned kAll = 0xffffffff;
 
 #ifdef QLAE_EMULATE_WITH_THREADS
 constexpr unsigned kLargestBlock = 256;
+constexpr int kBenchmarkRepeats = 3;
 #else
 constexpr unsigned kLargestBlock = 1024;
+[[maybe_unused]] constexpr int kBenchmarkRepeats = 100;
 #endif
 
 [[noreturn]] void fail(const char* what, long long position) {
@@ -540,13 +542,13 @@ __global__ void rounds(float* out) {
 }
 
 void benchmark() {
-  for (const unsigned threads : {32u, 128u, 1024u}) {
+  for (const unsigned threads : {32u, 128u, kLargestBlock}) {
     for (const auto kernel : {rounds<false>, rounds<true>}) {
       Buffer<float> out(4 * threads);
       launch(4, threads, threads * sizeof(float), kernel, out.data());
       // The best of many, for other programs run too.
       double best = std::numeric_limits<double>::infinity();
-      for (int i = 0; i < 100; ++i) {
+      for (int i = 0; i < kBenchmarkRepeats; ++i) {
         const auto start = std::chrono::steady_clock::now();
         launch(4, threads, threads * sizeof(float), kernel, out.data());
         const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;

@@ -476,7 +476,7 @@ class Block : public BlockBase {
     using std::chrono::milliseconds;
     current_thread->place.store(&place, std::memory_order_release);
     std::uint64_t seen = progress_.load(std::memory_order_relaxed);
-    milliseconds pause{1}, stalled{0};
+    milliseconds pause{4}, stalled{0};
     while (!ready()) {
       // A time of the system's clock: ThreadSanitizer does not know of waits by the other on every platform.
       if (condition.wait_until(lock, std::chrono::system_clock::now() + pause) != std::cv_status::timeout) continue;
