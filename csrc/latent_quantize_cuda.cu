@@ -131,8 +131,8 @@ void Launcher::backward(const BackwardPointers& pointers, void* stream) const {
 
 int64_t Launcher::forward_workspace_bytes() const { return plans_->forward.workspace_bytes; }
 int64_t Launcher::backward_workspace_bytes() const { return plans_->backward.workspace_bytes; }
-bool Launcher::forward_counts() const { return plans_->forward.counts; }
-bool Launcher::backward_counts() const { return plans_->backward.counts; }
+int64_t Launcher::forward_counters() const { return plans_->forward.counters; }
+int64_t Launcher::backward_counters() const { return plans_->backward.counters; }
 
 void set_choices(SearchChoice search, BinsChoice bins) {
   search_choice = search;

@@ -60,9 +60,9 @@ class Launcher {
 
   int64_t forward_workspace_bytes() const;
   int64_t backward_workspace_bytes() const;
-  // Whether a launch uses the counters.
-  bool forward_counts() const;
-  bool backward_counts() const;
+  // How many counters a launch uses.
+  int64_t forward_counters() const;
+  int64_t backward_counters() const;
 
  private:
   struct Plans;

@@ -62,10 +62,10 @@ inline void bind_cuda(pybind11::module_& module) {
                              [](const PythonLauncher& self) { return self.launcher().forward_workspace_bytes(); })
       .def_property_readonly("backward_workspace_bytes",
                              [](const PythonLauncher& self) { return self.launcher().backward_workspace_bytes(); })
-      .def_property_readonly("forward_counts",
-                             [](const PythonLauncher& self) { return self.launcher().forward_counts(); })
-      .def_property_readonly("backward_counts",
-                             [](const PythonLauncher& self) { return self.launcher().backward_counts(); });
+      .def_property_readonly("forward_counters",
+                             [](const PythonLauncher& self) { return self.launcher().forward_counters(); })
+      .def_property_readonly("backward_counters",
+                             [](const PythonLauncher& self) { return self.launcher().backward_counters(); });
   module.def("set_cuda_choices", [](int search, int bins) {
     set_choices(static_cast<SearchChoice>(search), static_cast<BinsChoice>(bins));
   });

@@ -652,7 +652,7 @@ __global__ void __launch_bounds__(kMaxForwardThreads) forward_kernel(const __gri
 
   double* scratch = reinterpret_cast<double*>(memory);
   double total = sum_of_block(squared_error, scratch);
-  if (parameters.plan.counts) {
+  if (parameters.plan.counters > 0) {
     double* partial = static_cast<double*>(pointers.workspace);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
     if (!is_last_to_arrive(pointers.counters, static_cast<int>(gridDim.x), reinterpret_cast<int*>(scratch + kLanes)))
@@ -952,7 +952,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
   } else if constexpr (kBins != Bins::kStaged) {
     const int warps = static_cast<int>(blockDim.x) / kLanes;
     if constexpr (kBins == Bins::kGlobal) {
-      const int64_t results = int64_t{geometry.windows} * (plan.counts ? geometry.chunks + plan.groups : 0) *
+      const int64_t results = int64_t{geometry.windows} * (plan.counters > 0 ? geometry.chunks + plan.groups : 0) *
                               geometry.window_latents * plan.num_positions;
       bins = static_cast<Value*>(pointers.workspace) + results +
              static_cast<int64_t>(blockIdx.x) * warps * plan.bins_pitch;

@@ -409,7 +409,8 @@ void plan_reduction(Plan& plan, bool backward) {
     geometry.chunks = 1;
     plan.fan = plan.groups = 1;
   }
-  plan.counts = backward ? geometry.chunks > 1 : parts > 1;
+  const bool alone = backward ? geometry.chunks == 1 : parts == 1;
+  plan.counters = alone ? 0 : static_cast<int32_t>(counters);
 }
 
 }  // namespace
@@ -444,9 +445,9 @@ void plan_grid(Plan& plan, const PlanRequest& request, int32_t resident_blocks) 
   plan.workspace_bytes = 0;
   if (request.backward) {
     const int64_t results = int64_t{geometry.window_latents} * plan.num_positions * sizes.value_bytes;
-    if (plan.counts) plan.workspace_bytes = (all_blocks + int64_t{geometry.windows} * plan.groups) * results;
+    if (plan.counters > 0) plan.workspace_bytes = (all_blocks + int64_t{geometry.windows} * plan.groups) * results;
     if (plan.bins == Bins::kGlobal) plan.workspace_bytes += all_blocks * warp_bins_bytes(plan, sizes);
-  } else if (plan.counts) {
+  } else if (plan.counters > 0) {
     plan.workspace_bytes = all_blocks * int64_t{sizeof(double)};
   }
 }

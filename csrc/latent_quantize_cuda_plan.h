@@ -96,7 +96,7 @@ struct Plan {
   int32_t groups;        // of chunks
   int64_t shared_bytes;
   int64_t workspace_bytes;
-  bool counts;
+  int32_t counters;  // 0 where a block has no other to wait for
 };
 
 // Threads of a block at most: more would leave too few registers for each.

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qlae_kernels.gpu_counters import counters
+from qlae_kernels.gpu_tensors import counters, levels_on
 from qlae_kernels.latent_quantize_cpu import _native
 from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Backward, Forward, Problem
 
@@ -52,8 +52,8 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
     device, index_dtype, return_indices = problem.device, problem.index_dtype, problem.return_indices
     if problem.size == 0:
         return _prepare_empty(problem)
-    device_index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else 0
-    levels = None if problem.levels is None else problem.levels.to(device)
+    device_index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
+    levels = levels_on(device, problem.levels, torch.int64)
     launcher = native.CudaLatentQuantize(
         _VALUE_TYPE[problem.value_dtype],
         problem.outer,
@@ -70,7 +70,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
     )
     launch_forward, launch_backward = launcher.forward, launcher.backward
     forward_bytes, backward_bytes = launcher.forward_workspace_bytes, launcher.backward_workspace_bytes
-    forward_counts, backward_counts = launcher.forward_counts, launcher.backward_counts
+    forward_counters, backward_counters = launcher.forward_counters, launcher.backward_counters
     scalar = torch.empty((), dtype=problem.compute_dtype, device=device)
     bytes_like = torch.empty(0, dtype=torch.uint8, device=device)
     empty_like = torch.empty_like
@@ -84,7 +84,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
         stream = stream_of(device_index)
         # Kept until the launch is enqueued; torch reuses the memory for later work of the same stream only.
         workspace = bytes_like.new_empty(forward_bytes) if forward_bytes else None
-        counts = counters(device, stream) if forward_counts else None
+        counts = counters(device, stream, forward_counters) if forward_counters else None
         launch_forward(
             codebook.data_ptr(),
             z.data_ptr(),
@@ -92,7 +92,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
             indices.data_ptr() if return_indices else 0,
             loss.data_ptr(),
             workspace.data_ptr() if forward_bytes else 0,
-            counts.data_ptr() if forward_counts else 0,
+            counts.data_ptr() if forward_counters else 0,
             stream,
         )
         return quantized, indices, loss
@@ -109,7 +109,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
         grad_codebook = empty_like(codebook) if need_grad_codebook else None
         stream = stream_of(device_index)
         workspace = bytes_like.new_empty(backward_bytes) if backward_bytes else None
-        counts = counters(device, stream) if backward_counts else None
+        counts = counters(device, stream, backward_counters) if backward_counters else None
         launch_backward(
             codebook.data_ptr(),
             z.data_ptr(),
@@ -118,7 +118,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
             grad_z.data_ptr() if need_grad_z else 0,
             grad_codebook.data_ptr() if need_grad_codebook else 0,
             workspace.data_ptr() if backward_bytes else 0,
-            counts.data_ptr() if backward_counts else 0,
+            counts.data_ptr() if backward_counters else 0,
             stream,
         )
         return grad_z, grad_codebook

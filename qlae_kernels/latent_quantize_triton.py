@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlae_kernels.gpu_counters import COUNTERS_PER_LAUNCH, counters
+from qlae_kernels.gpu_tensors import COUNTERS_PER_LAUNCH, counters, levels_on
 from qlae_kernels.problem import Backward, Forward, Problem
 
 # Triton reads this variable when kernels are defined; its interpreter runs them on the CPU, one program at a time.
@@ -249,7 +249,7 @@ def _prepare_empty(problem: Problem) -> tuple[Forward, Backward]:
 
 
 def _levels(problem: Problem) -> Tensor | None:
-    return None if problem.levels is None else problem.levels.to(device=problem.device, dtype=torch.int32)
+    return levels_on(problem.device, problem.levels, torch.int32)
 
 
 def _prepare_forward(problem: Problem) -> Forward:

@@ -18,7 +18,7 @@ from latent_quantize_statement import assert_within, gradients, nearest
 from torch import Tensor
 
 from qlae_kernels import available_backends, latent_quantize, latent_quantize_triton
-from qlae_kernels.gpu_counters import COUNTERS_PER_LAUNCH
+from qlae_kernels.gpu_tensors import COUNTERS_PER_LAUNCH
 from qlae_kernels.latent_quantize import make_call
 from qlae_kernels.latent_quantize_triton import Plan, plan
 from qlae_kernels.problem import Problem, compute_dtype_of
