@@ -105,8 +105,8 @@ void Launcher::forward(const ForwardPointers& pointers, void* stream) const {
       .codebook_stride = problem.codebook.stride,
       .loss_scale =
           (problem.quantization_weight + problem.commitment_weight) / static_cast<double>(problem.layout.size()),
-      .aligned = plans_->forward.geometry.aligned &&
-                 at_multiples_of_16(pointers.z, pointers.quantized, pointers.indices),
+      .aligned =
+          plans_->forward.geometry.aligned && at_multiples_of_16(pointers.z, pointers.quantized, pointers.indices),
   };
   const DeviceGuard guard(problem.device);
   plans_->kernels.forward(parameters, stream);
@@ -122,8 +122,8 @@ void Launcher::backward(const BackwardPointers& pointers, void* stream) const {
       .codebook_stride = problem.codebook.stride,
       .commitment_scale = problem.commitment_weight * 2 / elements,
       .quantization_scale = problem.quantization_weight * 2 / elements,
-      .aligned = plans_->backward.geometry.aligned &&
-                 at_multiples_of_16(pointers.z, pointers.grad_quantized, pointers.grad_z),
+      .aligned =
+          plans_->backward.geometry.aligned && at_multiples_of_16(pointers.z, pointers.grad_quantized, pointers.grad_z),
   };
   const DeviceGuard guard(problem.device);
   plans_->kernels.backward(parameters, stream);

@@ -27,10 +27,10 @@ class PythonLauncher {
 
   void forward(uintptr_t codebook, uintptr_t z, uintptr_t quantized, uintptr_t indices, uintptr_t loss,
                uintptr_t workspace, uintptr_t counters, uintptr_t stream) const {
-    launcher_.forward({pointer<const void>(codebook), pointer<const void>(z), pointer<void>(quantized),
-                       pointer<void>(indices), pointer<void>(loss), pointer<void>(workspace),
-                       pointer<uint32_t>(counters)},
-                      pointer<void>(stream));
+    launcher_.forward(
+        {pointer<const void>(codebook), pointer<const void>(z), pointer<void>(quantized), pointer<void>(indices),
+         pointer<void>(loss), pointer<void>(workspace), pointer<uint32_t>(counters)},
+        pointer<void>(stream));
   }
 
   void backward(uintptr_t codebook, uintptr_t z, uintptr_t grad_quantized, uintptr_t grad_loss, uintptr_t grad_z,

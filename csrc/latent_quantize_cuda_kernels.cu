@@ -165,9 +165,9 @@ QLAE_DEVICE Place place_of(const Geometry& geometry, const Block& block, const C
 template <class T>
 QLAE_DEVICE void store_packed(T* target, const T (&values)[kVector]) {
   constexpr int kBytes = kVector * sizeof(T);
-  using Chunk = std::conditional_t<
-      kBytes == 2, uint16_t,
-      std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>>;
+  using Chunk =
+      std::conditional_t<kBytes == 2, uint16_t,
+                         std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>>;
   Chunk chunks[kBytes / sizeof(Chunk)];
   __builtin_memcpy(chunks, values, kBytes);
 #pragma unroll
@@ -242,14 +242,12 @@ struct WindowCodebook {
         levels(parameters.levels ? parameters.levels + block.first_latent : nullptr),
         num_codes_of_all(parameters.plan.num_codes) {}
   QLAE_DEVICE const Value* row(int latent) const { return values + latent * stride; }
-  QLAE_DEVICE int num_codes(int latent) const {
-    return levels ? static_cast<int>(levels[latent]) : num_codes_of_all;
-  }
+  QLAE_DEVICE int num_codes(int latent) const { return levels ? static_cast<int>(levels[latent]) : num_codes_of_all; }
   QLAE_DEVICE int nearest(Value z, int latent) const {
     return static_cast<int>(nearest_code(z, row(latent), num_codes(latent)));
   }
-  QLAE_DEVICE void find_by_definition(const Value (&z)[kVector], const int (&latent)[kVector],
-                                      int (&index)[kVector], Value (&code)[kVector]) const {
+  QLAE_DEVICE void find_by_definition(const Value (&z)[kVector], const int (&latent)[kVector], int (&index)[kVector],
+                                      Value (&code)[kVector]) const {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       index[j] = nearest(z[j], latent[j]);
@@ -273,9 +271,7 @@ struct DirectSearch {
   template <class Parameters>
   QLAE_DEVICE DirectSearch(const Parameters& parameters, const Block& block, const Columns& columns,
                            unsigned char* memory)
-      : codebook(parameters, block),
-        codes(reinterpret_cast<Value*>(memory)),
-        pitch(parameters.plan.table_pitch) {
+      : codebook(parameters, block), codes(reinterpret_cast<Value*>(memory)), pitch(parameters.plan.table_pitch) {
     Value* table = reinterpret_cast<Value*>(memory);
     const FastDivisor divisor = parameters.plan.positions_divisor;
     const uint32_t entries = divisor.divisor * static_cast<uint32_t>(block.num_latents);
@@ -346,7 +342,6 @@ struct GlobalSearch {
   // From the first bin to those of the latent of a thread's column j.
   QLAE_DEVICE int offset(int j) const { return local_latent[j] * num_positions; }
 
-
   QLAE_DEVICE void find(const Value (&z)[kVector], int (&position)[kVector], Value (&code)[kVector]) const {
     codebook.find_by_definition(z, local_latent, position, code);
   }
@@ -370,7 +365,7 @@ struct SortedSearch {
   int levels;
   unsigned code_distance;   // from a code to the boundary behind it, in bytes
   unsigned start[kVector];  // where the boundaries of the thread's latents begin in shared memory
-  Value smallest_bound;  // of the thread's latents
+  Value smallest_bound;     // of the thread's latents
 
   template <class Parameters>
   QLAE_DEVICE SortedSearch(const Parameters& parameters, const Block& block, const Columns& columns,
@@ -490,8 +485,7 @@ struct SortedSearch {
   QLAE_DEVICE int is_unsorted() const {
     int unsorted = 0;
     for_each_latent([&](int latent, int lane) {
-      for (int k = lane; k + 1 < levels; k += kLanes)
-        unsorted |= comes_before(place(latent, k + 1), place(latent, k));
+      for (int k = lane; k + 1 < levels; k += kLanes) unsorted |= comes_before(place(latent, k + 1), place(latent, k));
     });
     return unsorted;
   }
@@ -593,8 +587,7 @@ struct Rows {
     for (int u = 0; u < kRowsAtOnce; ++u) {
       place[u] = place_of(geometry, block, columns, row + columns.row + u * rows_of_step);
       z[u] = load_vector(latents, place[u], aligned);
-      if constexpr (kGradient)
-        gradient[u] = gradients ? load_vector(gradients, place[u], aligned) : Raw{};
+      if constexpr (kGradient) gradient[u] = gradients ? load_vector(gradients, place[u], aligned) : Raw{};
     }
   }
 };
@@ -608,7 +601,8 @@ QLAE_DEVICE void clear_behind(int count, Value (&residual)[kVector]) {
 }
 
 template <class SearchKind>
-__global__ void __launch_bounds__(kMaxForwardThreads) forward_kernel(const __grid_constant__ ForwardParameters parameters) {
+__global__ void __launch_bounds__(kMaxForwardThreads)
+    forward_kernel(const __grid_constant__ ForwardParameters parameters) {
   unsigned char* memory = qlae_dynamic_shared_memory();
   const Geometry& geometry = parameters.plan.geometry;
   const ForwardPointers& pointers = parameters.pointers;
@@ -634,8 +628,7 @@ __global__ void __launch_bounds__(kMaxForwardThreads) forward_kernel(const __gri
       search.find(z, position, code);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        if constexpr (SearchKind::kKind == Search::kSorted)
-          position[j] = search.order[search.offset(j) + position[j]];
+        if constexpr (SearchKind::kKind == Search::kSorted) position[j] = search.order[search.offset(j) + position[j]];
         z[j] -= code[j];
       }
       store_values(pointers.quantized, now.place[u], code, aligned);
@@ -646,8 +639,7 @@ __global__ void __launch_bounds__(kMaxForwardThreads) forward_kernel(const __gri
     }
     squared_error += static_cast<double>(sum);
     row += kRowsAtOnce * rows_of_step;
-    if (row < geometry.rows)
-      rows.load(geometry, block, columns, row, rows_of_step, pointers.z, nullptr, aligned);
+    if (row < geometry.rows) rows.load(geometry, block, columns, row, rows_of_step, pointers.z, nullptr, aligned);
   }
 
   double* scratch = reinterpret_cast<double*>(memory);
@@ -664,48 +656,47 @@ __global__ void __launch_bounds__(kMaxForwardThreads) forward_kernel(const __gri
   if (threadIdx.x == 0) *static_cast<Value*>(pointers.loss) = static_cast<Value>(total * parameters.loss_scale);
 }
 
-// Adds each lane's residuals to the warp's bins; lanes that share a bin take turns in the order of lanes.
-QLAE_DEVICE void add_in_turns(Value* bins, const Plan& plan, const int (&bin)[kVector], const Value (&residual)[kVector],
+// values[j] = values[(j + places) % kVector] for places in 0 .. kVector - 1.
+template <class T>
+QLAE_DEVICE void rotate(T (&values)[kVector], int places) {
+#pragma unroll
+  for (int distance = 1; distance < kVector; distance *= 2) {
+    T rotated[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) rotated[j] = places & distance ? values[(j + distance) % kVector] : values[j];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) values[j] = rotated[j];
+  }
+}
+
+// Adds each lane's residuals to the warp's bins; lanes that share a bin take turns in the order of lanes. Where a
+// lane's columns belong to different latents, lanes with the same latents begin at different columns and so seldom
+// meet.
+QLAE_DEVICE void add_in_turns(Value* bins, const Plan& plan, int (&bin)[kVector], Value (&residual)[kVector],
                               int count) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  int key[kVector], turn[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j)
+    if (j >= count) bin[j] = -1;
+  if (plan.columns_apart) {
+    const int places = static_cast<int>(plan.peer_divisor.quotient(static_cast<uint32_t>(lane))) % kVector;
+    rotate(bin, places);
+    rotate(residual, places);
+  }
+  const int first_distance = static_cast<int>(plan.peer_divisor.divisor) * (plan.columns_apart ? kVector : 1);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    // Lanes without a residual share nothing.
-    key[j] = j < count ? bin[j] : -1 - lane;
-    turn[j] = 0;
-  }
-#pragma unroll 4
-  for (int distance = plan.peer_step; distance < kLanes; distance += plan.peer_step) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const int other = __shfl_up_sync(kAllLanes, key[j], static_cast<unsigned>(distance));
-      turn[j] += lane >= distance && other == key[j];
+    int turn = bin[j] < 0 ? -1 : 0;
+    for (int distance = first_distance; distance < kLanes; distance += first_distance) {
+      const int other = __shfl_up_sync(kAllLanes, bin[j], static_cast<unsigned>(distance));
+      turn += lane >= distance && other == bin[j] && bin[j] >= 0;
     }
-  }
-  int last_turn = 0;
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    if (j >= count) turn[j] = -1;
-    last_turn = max(last_turn, turn[j]);
-  }
-  for (int now = 0; __any_sync(kAllLanes, last_turn >= now); ++now) {
-    if (plan.columns_apart) {
-      Value sum[kVector];
-#pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        if (turn[j] == now) sum[j] = bins[bin[j]];
-#pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        if (turn[j] == now) bins[bin[j]] = sum[j] + residual[j];
-    } else {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        if (turn[j] == now) bins[bin[j]] += residual[j];
-        __syncwarp();
-      }
-    }
-    __syncwarp();
+    int now = 0;
+    do {
+      if (turn == now) bins[bin[j]] += residual[j];
+      __syncwarp();
+      ++now;
+    } while (first_distance < kLanes && __any_sync(kAllLanes, turn >= now));
   }
 }
 
@@ -996,8 +987,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
       }
     }
     row += kRowsAtOnce * rows_of_step;
-    if (row < geometry.rows)
-      rows.load(geometry, block, columns, row, rows_of_step, pointers.z, incoming, aligned);
+    if (row < geometry.rows) rows.load(geometry, block, columns, row, rows_of_step, pointers.z, incoming, aligned);
   }
   if (!pointers.grad_codebook) return;
   __syncthreads();

@@ -29,8 +29,8 @@ struct BackwardParameters {
 struct Kernels {
   void (*forward)(const ForwardParameters& parameters, void* stream);
   void (*backward)(const BackwardParameters& parameters, void* stream);
-  // Lets the plan's kernel use up to `most_shared` bytes of shared memory on the current device, and returns how many of
-  // its blocks run on a multiprocessor at a time.
+  // Lets the plan's kernel use up to `most_shared` bytes of shared memory on the current device, and returns how many
+  // of its blocks run on a multiprocessor at a time.
   int (*resident_blocks)(const Plan& plan, bool backward, int64_t most_shared);
 };
 

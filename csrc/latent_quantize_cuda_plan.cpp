@@ -9,9 +9,7 @@
 
 namespace qlae::cuda {
 
-int64_t stored_bytes(ValueType type) {
-  return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 2;
-}
+int64_t stored_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 2; }
 int64_t compute_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : 4; }
 
 namespace {
@@ -27,7 +25,7 @@ constexpr int64_t kMaxPartsAtOnce = 16;
 constexpr int64_t kVectorsPerThread = 4;
 constexpr int64_t kMinThreadsOfBlock = 128;
 // Threads from which bins per thread are worth having, warps from which bins per warp are.
-constexpr int64_t kMinThreadsWithBins = 256;
+constexpr int64_t kMinThreadsWithBins = 384;
 constexpr int64_t kEnoughWarps = 8;
 // A run that fills this many vectors has its own rows.
 constexpr int64_t kMinVectorsOfRun = 64;
@@ -66,6 +64,18 @@ struct Sizes {
   int64_t vectors() const { return divide_up(layout.size(), vector_length); }
 };
 
+// The pitch of a latent's table, from `entries` on, with which the latents that lanes read side by side begin far apart
+// in the 32 banks of shared memory.
+int64_t spread_pitch(const Sizes& sizes, int64_t entries) {
+  const int64_t side_by_side = sizes.period / std::gcd(sizes.period, sizes.vector_length);
+  if (sizes.layout.inner > 1 || side_by_side == 1 || side_by_side > 8) return entries | 1;
+  int64_t best = entries;
+  const auto distance = [&](int64_t pitch) { return std::abs(pitch * sizes.vector_length % 32 - 32 / side_by_side); };
+  for (int64_t pitch = entries; pitch < entries + 8; ++pitch)
+    if (distance(pitch) < distance(best)) best = pitch;
+  return best;
+}
+
 struct Table {
   Search search;
   int64_t pitch;
@@ -77,7 +87,7 @@ struct Table {
     if (kind == Search::kDirect) bytes_per_latent = (pitch |= 1) * sizes.value_bytes;
     if (kind != Search::kSorted) return;
     levels = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(sizes.num_codes)));
-    pitch = (levels + levels / 32) | 1;
+    pitch = spread_pitch(sizes, levels + levels / 32);
     bytes_per_latent = pitch * (2 * sizes.value_bytes + 2) + sizes.value_bytes;
   }
   int64_t bytes(int64_t latents) const { return round_up(latents * bytes_per_latent + kTableSlackBytes, 16); }
@@ -246,7 +256,8 @@ void use_table(Plan& plan, const Table& table, const Sizes& sizes) {
   plan.latents_divisor = FastDivisor(static_cast<uint32_t>(plan.geometry.window_latents));
   plan.table_pitch = static_cast<int32_t>(table.pitch);
   plan.table_levels = static_cast<int32_t>(table.levels);
-  plan.table_bytes = static_cast<int32_t>(table.search == Search::kGlobal ? 0 : table.bytes(plan.geometry.window_latents));
+  plan.table_bytes =
+      static_cast<int32_t>(table.search == Search::kGlobal ? 0 : table.bytes(plan.geometry.window_latents));
 }
 
 // Threads whose bins lie side by side must not meet in a bank, neither as neighbours nor as members of a class.
@@ -274,13 +285,11 @@ int64_t thread_bins_bytes(const Plan& plan, const Sizes& sizes) {
 bool plan_thread_bins(Plan& plan, const PlanRequest& request, const Sizes& sizes, Search search) {
   const Table table(search == Search::kGlobal ? Search::kDirect : search, sizes);
   const int64_t vectors = sizes.vectors();
-  const int64_t least = request.bins == BinsChoice::kThread
-                            ? kWarpThreads
-                            : std::min<int64_t>({vectors, kMinThreadsWithBins, kMinThreadsOfBlock});
   // Each thread's bins have to be cleared and added up: only as many threads as find a few vectors each.
   const int64_t useful = vectors / (kVectorsPerThread * request.device.multiprocessors);
   int64_t most = std::min(std::max(kMinThreadsOfBlock, useful / kWarpThreads * kWarpThreads),
                           std::clamp<int64_t>(vectors, kWarpThreads, kMaxBackwardThreads));
+  const int64_t least = request.bins == BinsChoice::kThread ? kWarpThreads : std::min(most, kMinThreadsWithBins);
   for (; most >= least; most -= most > kWarpThreads ? kWarpThreads : 1) {
     const auto shape = shape_for(sizes, {most, most}, table.bytes_per_latent, sizes.shared_bytes / 2);
     if (!shape || int64_t{shape->geometry.row_threads.divisor} * shape->geometry.stack < least) return false;
@@ -293,6 +302,11 @@ bool plan_thread_bins(Plan& plan, const PlanRequest& request, const Sizes& sizes
   return false;
 }
 
+// With a longer inner dimension neighbouring lanes share latents, too.
+uint32_t peer_step(const Sizes& sizes, int64_t classes) {
+  return sizes.layout.inner == 1 ? static_cast<uint32_t>(std::min<int64_t>(classes, kWarpThreads)) : 1;
+}
+
 // All elements in one block, a vector per thread.
 bool plan_staged(Plan& plan, const PlanRequest& request, const Sizes& sizes, Search search) {
   if (request.bins != BinsChoice::kAuto || search == Search::kGlobal) return false;
@@ -303,7 +317,7 @@ bool plan_staged(Plan& plan, const PlanRequest& request, const Sizes& sizes, Sea
   if (!shape) return false;
   plan.geometry = shape->geometry;
   plan.bins = Bins::kStaged;
-  plan.slots = plan.classes = plan.members = plan.member_pitch = plan.peer_step = 1;
+  plan.slots = plan.classes = plan.members = plan.member_pitch = 1;
   use_table(plan, table, sizes);
   return true;
 }
@@ -335,10 +349,9 @@ bool plan_warp_bins(Plan& plan, const Sizes& sizes) {
         candidate.num_positions = candidate.table_pitch;
         candidate.positions_divisor = FastDivisor(static_cast<uint32_t>(candidate.num_positions));
         candidate.bins_pitch = candidate.geometry.window_latents * candidate.num_positions;
-        // With a longer inner dimension neighbouring lanes share latents, too.
         candidate.columns_apart = sizes.layout.inner == 1 && sizes.period % sizes.vector_length == 0 &&
                                   candidate.geometry.window_latents % sizes.vector_length == 0;
-        candidate.peer_step = sizes.layout.inner == 1 ? static_cast<int32_t>(std::min<int64_t>(shape->classes, kWarpThreads)) : 1;
+        candidate.peer_divisor = FastDivisor(peer_step(sizes, shape->classes));
         if (!best || candidate.geometry.threads > best->geometry.threads) best = candidate;
         if (warps >= kEnoughWarps) break;
       }
@@ -356,7 +369,7 @@ void plan_global_bins(Plan& plan, const Sizes& sizes) {
   if (!shape) throw std::invalid_argument("latent_quantize: the inner dimension is too long for a block");
   plan.geometry = shape->geometry;
   plan.bins = Bins::kGlobal;
-  plan.slots = plan.classes = plan.members = plan.member_pitch = plan.peer_step = 1;
+  plan.slots = plan.classes = plan.members = plan.member_pitch = 1;
   if (int64_t{shape->geometry.window_latents} * sizes.num_codes > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("latent_quantize: the codebook has more codes than a block can count");
   plan.bins_pitch = static_cast<int32_t>(shape->geometry.window_latents * sizes.num_codes);

@@ -61,15 +61,15 @@ struct Geometry {
   int64_t last_limit;    // the same for the last window
   int32_t windows;
   int32_t chunks;
-  int32_t num_latents;     // of all windows
-  int32_t window_latents;  // of one window; the last may have fewer
+  int32_t num_latents;        // of all windows
+  int32_t window_latents;     // of one window; the last may have fewer
   FastDivisor column_period;  // column c belongs to local latent (c % column_period) / column_inner
   FastDivisor column_inner;
   FastDivisor chunks_divisor;
   FastDivisor row_threads;  // threads that share a row
-  int32_t stack;        // rows of a block at a time; row_threads * stack threads own columns
-  int32_t threads;      // of a block
-  bool aligned;         // rows start at multiples of a vector
+  int32_t stack;            // rows of a block at a time; row_threads * stack threads own columns
+  int32_t threads;          // of a block
+  bool aligned;             // rows start at multiples of a vector
 };
 
 struct Plan {
@@ -84,16 +84,16 @@ struct Plan {
   FastDivisor latents_divisor;  // window_latents
 
   Bins bins;
-  int32_t slots;         // sets of bins of a thread: one, or one per column
-  int32_t classes;       // threads whose numbers differ by a multiple of this own the same latents
-  int32_t members;       // threads of a class
-  int32_t member_pitch;  // the threads of one class lie side by side in shared memory
-  int32_t bins_pitch;    // classes * member_pitch for kThread; bins of a warp for the others
-  int32_t peer_step;     // lanes of a warp that may share a latent differ by a multiple of this
-  bool columns_apart;    // different columns of any two lanes belong to different latents
+  int32_t slots;             // sets of bins of a thread: one, or one per column
+  int32_t classes;           // threads whose numbers differ by a multiple of this own the same latents
+  int32_t members;           // threads of a class
+  int32_t member_pitch;      // the threads of one class lie side by side in shared memory
+  int32_t bins_pitch;        // classes * member_pitch for kThread; bins of a warp for the others
+  FastDivisor peer_divisor;  // lanes of a warp that share latents differ by a multiple of this
+  bool columns_apart;        // different columns of any two lanes belong to different latents
 
-  int32_t fan;           // partial results that a block adds up at a time
-  int32_t groups;        // of chunks
+  int32_t fan;     // partial results that a block adds up at a time
+  int32_t groups;  // of chunks
   int64_t shared_bytes;
   int64_t workspace_bytes;
   int32_t counters;  // 0 where a block has no other to wait for
@@ -125,8 +125,8 @@ struct PlanRequest {
   BinsChoice bins;
 };
 
-// Neighbouring elements of a thread: 16 bytes of float32 and float64. Half types take 8 bytes, since what a thread keeps
-// per element is as much as for float32.
+// Neighbouring elements of a thread: 16 bytes of float32 and float64. Half types take 8 bytes, since what a thread
+// keeps per element is as much as for float32.
 constexpr int vector_length_of(int stored_bytes) { return stored_bytes == 2 ? 4 : 16 / stored_bytes; }
 
 int64_t stored_bytes(ValueType type);
