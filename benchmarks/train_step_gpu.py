@@ -78,7 +78,12 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(_parameters_of: Callable[[], Tensor] = step) -> None:
+        # The graph reads and writes the step's parameters, which would be freed with it.
+        graph.replay()
+
+    return replay
 
 
 def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
