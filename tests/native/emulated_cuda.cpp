@@ -1,4 +1,5 @@
-// A Python module with the CUDA kernels compiled for the CPU, for tests: the class `CudaLatentQuantize` over host memory.
+// A Python module with the CUDA kernels compiled for the CPU, for tests: the class `CudaLatentQuantize` over host
+// memory.
 #include "cuda_emulation.h"
 #include "latent_quantize_cuda_bindings.h"
 

@@ -22,7 +22,17 @@ SOURCES = ROOT / "csrc"
 NATIVE = ROOT / "tests" / "native"
 VALUE_TYPES = ("Float32", "Float64", "Float16", "BFloat16")
 # With -ffp-contract=off the compiler fuses no product with a sum that the kernels do not fuse themselves.
-FLAGS = "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -pthread".split()
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-pthread",
+]
 
 
 def compiler() -> list[str]:
