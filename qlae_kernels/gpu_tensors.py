@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# By which the blocks of one launch learn that they are the last; of one launch at most. Kernels leave every counter at 0, as they found it.
+# By which the blocks of one launch learn that they are the last; of one launch at most. Kernels leave every counter at
+# 0, as they found it.
 COUNTERS_PER_LAUNCH = 4096
 
 # Set aside per device for launches that are captured into CUDA graphs: 4 MiB.

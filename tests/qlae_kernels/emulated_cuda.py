@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU (tests/native/cuda_emulation.h) and offers them as the backend `cuda-emulated`."""
+"""Builds the CUDA kernels for the CPU (tests/native/cuda_emulation.h) offered as the backend `cuda-emulated`."""
 
 import functools
 import importlib.util
