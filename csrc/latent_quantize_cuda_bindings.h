@@ -54,7 +54,7 @@ class PythonLauncher {
 
 inline void bind_cuda(pybind11::module_& module) {
   namespace py = pybind11;
-  py::class_<PythonLauncher>(module, "CudaLatentQuantize")
+  py::class_<PythonLauncher>(module, "CudaLatentQuantize", py::module_local())
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, int64_t, int, double, double, int>())
       .def("forward", &PythonLauncher::forward)
       .def("backward", &PythonLauncher::backward)
