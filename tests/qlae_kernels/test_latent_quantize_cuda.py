@@ -4,8 +4,10 @@ import math
 import re
 import shutil
 import subprocess
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from emulated_cuda import SOURCES, build, checked_run, choosing, registered, val
 from latent_quantize_statement import (
     INDEX_DTYPES,
     VALUE_DTYPES,
+    Gradients,
     assert_same_bits,
     assert_within,
     compute_dtype,
@@ -110,25 +113,56 @@ def results(z: torch.Tensor, codebook: torch.Tensor, grad_quantized: torch.Tenso
     return output.quantized, output.indices, output.loss, z.grad, codebook.grad
 
 
-def check(z: torch.Tensor, codebook: torch.Tensor, backend: str, *, with_grad: bool = True, **options) -> None:
-    """Forward and backward against the definition, for finite z."""
+class Case(NamedTuple):
+    """Inputs, and what the definition makes of them."""
+
+    z: torch.Tensor
+    codebook: torch.Tensor
+    grad_quantized: torch.Tensor | None
+    options: dict
+    indices: torch.Tensor
+    quantized: torch.Tensor
+    gradients: Gradients
+
+
+def case_of(z: torch.Tensor, codebook: torch.Tensor, *, with_grad: bool = True, **options) -> Case:
+    """For finite z."""
     grad_quantized = latents(z.shape, z.dtype, seed=2) if with_grad else None
+    indices = nearest(z, codebook, **options)
+    quantized = quantized_at(indices, z, codebook, options.get("channel_dim", 1))
     want = gradients(z, codebook, grad_quantized, GRAD_LOSS, **WEIGHTS, **options)
-    quantized, indices, loss, grad_z, grad_codebook = results(z, codebook, grad_quantized, backend, **options)
-    expected = nearest(z, codebook, **options)
-    assert_same_bits(indices, expected.to(torch.int32))
-    assert_same_bits(quantized, quantized_at(expected, z, codebook, options.get("channel_dim", 1)))
+    return Case(z, codebook, grad_quantized, options, indices.to(torch.int32), quantized, want)
+
+
+def check_case(case: Case, backend: str) -> None:
+    """Forward and backward against the definition."""
+    quantized, indices, loss, grad_z, grad_codebook = results(
+        case.z, case.codebook, case.grad_quantized, backend, **case.options
+    )
+    want = case.gradients
+    assert_same_bits(indices, case.indices)
+    assert_same_bits(quantized, case.quantized)
     assert_within(loss, want.loss, want.loss_bound)
     assert_within(grad_z, want.grad_z, want.grad_z_bound)
     assert_within(grad_codebook, want.grad_codebook, want.grad_codebook_bound)
 
 
+def check(z: torch.Tensor, codebook: torch.Tensor, backend: str, **options) -> None:
+    check_case(case_of(z, codebook, **options), backend)
+
+
+@cache
+def case_of_problem(problem: tuple, dtype: torch.dtype) -> Case:
+    """Made once for all choices: with thousands of latents the definition takes longer than the kernels."""
+    shape, channel_dim, columns, rows = problem
+    codebook = codes(rows or shape[channel_dim], columns, dtype)
+    return case_of(latents(shape, dtype), codebook, channel_dim=channel_dim)
+
+
 @dtypes
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_forward_and_backward_are_the_definition(choices, backend, problem, dtype):
-    shape, channel_dim, columns, rows = problem
-    codebook = codes(rows or shape[channel_dim], columns, dtype)
-    check(latents(shape, dtype), codebook, backend, channel_dim=channel_dim)
+    check_case(case_of_problem(problem, dtype), backend)
 
 
 @dtypes
