@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -38,8 +39,12 @@ MOST_ELEMENTS_OF_ONE_PROGRAM = 8192
 PROGRAMS_PER_PROCESSOR = 12
 # More tiles than this per program would let rounding errors of its float32 sums grow.
 MOST_TILES_PER_PROGRAM = 1024
-# The sums of many codes are kept in memory, [programs, K, columns].
+# Sums of many codes are kept in memory, float64 [programs, K, lanes], a lane being the elements at one place of every
+# piece; all together take at most this, or as much as z if that is more.
+LANES = 1024 if _INTERPRETED else NUM_WARPS * 32
 MOST_BYTES_OF_SUMS = 64 << 20
+# Codes that a sorting program takes at a time.
+SORTED_AT_A_TIME = 1024
 
 
 def unavailable_reason() -> str | None:
@@ -56,6 +61,7 @@ class Plan:
     """How a problem is cut into programs; see `latent_quantize_triton_kernels` for windows, parts and tiles.
 
     `spacing` is the inner size where `runs`, or else the period, in elements. It and `size` are multiples of `align`.
+    Programs' sums have `columns` columns per window.
     """
 
     size: int
@@ -64,6 +70,7 @@ class Plan:
     block: int
     rows: int
     repeat: int
+    columns: int
     few: int
     spacing: int
     align: int
@@ -96,9 +103,14 @@ class Plan:
         return self.windows * self.parts
 
     @property
+    def lanes(self) -> int:
+        """Elements of a piece."""
+        return self.rows // self.repeat * self.block
+
+    @property
     def folded(self) -> bool:
-        """Whether a latent has more than one column."""
-        return not self.runs and self.spacing > self.num_latents
+        """Whether a latent has more than one column of the programs' sums."""
+        return not self.runs and self.columns == self.block and self.spacing > self.num_latents
 
     @property
     def direct(self) -> bool:
@@ -121,21 +133,27 @@ def plan(problem: Problem, processors: int, summing_codes: bool) -> Plan:
         outer, num_latents, inner = problem.size, 1, 1
     size, num_codes = problem.size, problem.stride
     few = num_codes if num_codes <= MOST_UNROLLED_CODES[problem.compute_dtype] else 0
+    in_lanes = summing_codes and not few
     target = processors * PROGRAMS_PER_PROCESSOR
     piece = PIECE // 2 if problem.value_dtype.itemsize == 8 else PIECE
+    most_sums = max(MOST_BYTES_OF_SUMS, size * problem.compute_dtype.itemsize) // (8 * num_codes)
     runs = inner > 1
     if runs:
         block, spacing, windows, samples = 1, inner, num_latents, outer * inner
+        piece = min(LANES, _power_of_two(most_sums // windows)) if in_lanes else piece
+    elif in_lanes:
+        piece = block = LANES
+        spacing = max(1, LANES // num_latents) * num_latents
     else:
         block, spacing = _window(outer, num_latents, target)
+    if not runs:
         windows, samples = -(-spacing // block), -(-size // spacing)
     repeat = PIECES if samples * block > piece else 1
     rows = repeat * piece // block
     tiles = -(-samples // rows)
-    parts = target // windows
-    if summing_codes and not few:
-        parts = min(parts, MOST_BYTES_OF_SUMS // (windows * block * num_codes * problem.compute_dtype.itemsize))
-    parts = max(parts, -(-tiles // MOST_TILES_PER_PROGRAM))
+    most_parts, least_parts = target // windows, 1 if in_lanes else -(-tiles // MOST_TILES_PER_PROGRAM)
+    most_parts = min(most_parts, most_sums // (windows * piece)) if in_lanes else most_parts
+    parts = max(most_parts, least_parts)
     # Of the counters every window needs one, and one for each of its groups.
     parts = min(parts, max(1, COUNTERS_PER_LAUNCH // windows - 1) ** 2 if windows < COUNTERS_PER_LAUNCH else 1)
     parts = 1 if windows * tiles * rows * block <= MOST_ELEMENTS_OF_ONE_PROGRAM and windows == 1 else min(parts, tiles)
@@ -148,6 +166,7 @@ def plan(problem: Problem, processors: int, summing_codes: bool) -> Plan:
         block=block,
         rows=rows,
         repeat=repeat,
+        columns=1 << (num_latents - 1).bit_length() if in_lanes and spacing > num_latents and not runs else block,
         few=few,
         spacing=spacing,
         align=4 if size % 4 == spacing % 4 == 0 else 1,
@@ -156,6 +175,11 @@ def plan(problem: Problem, processors: int, summing_codes: bool) -> Plan:
         tiles=tiles,
         wide=largest >= 2**31,
     )
+
+
+def _power_of_two(most: int) -> int:
+    """The largest power of 2 that is not above `most`, or 1."""
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def _window(samples: int, num_latents: int, target: int) -> tuple[int, int]:
@@ -252,6 +276,34 @@ def _levels(problem: Problem) -> Tensor | None:
     return levels_on(problem.device, problem.levels, torch.int32)
 
 
+def _halves(number: float) -> tuple[int, int]:
+    """The bits of a float64 as two int32, the high one first."""
+    return struct.unpack(">ii", struct.pack(">d", number))
+
+
+# Sorts a codebook for the search among many codes: codes, their indices, and the first NaN of every row.
+Sort = Callable[[Tensor, int], tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+def _prepare_sort(cut: Plan, problem: Problem, levels: Tensor | None) -> Sort:
+    """Nothing to do for few codes, which are compared one by one."""
+    if cut.few:
+        return lambda codebook, stream: (None, None, None)
+    rows, num_codes, device = cut.num_latents, problem.stride, problem.device
+    constants = {"RAGGED": levels is not None, "LANES": SORTED_AT_A_TIME}
+    launch = _launcher(_kernels().sort_kernel, rows, constants)
+    numbers = (rows, num_codes, (num_codes - 1).bit_length())
+
+    def sort(codebook: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor]:
+        codes = codebook.new_empty(2, rows, num_codes)
+        order = torch.empty(2, rows, num_codes, dtype=torch.int32, device=device)
+        first_nan = torch.empty(rows, dtype=torch.int32, device=device)
+        launch(_are_aligned(codebook), stream, (codebook, levels, codes, order, first_nan, *numbers))
+        return codes, order, first_nan
+
+    return sort
+
+
 def _prepare_forward(problem: Problem) -> Forward:
     cut = plan(problem, _processors(problem.device), summing_codes=False)
     levels, device = _levels(problem), problem.device
@@ -260,7 +312,8 @@ def _prepare_forward(problem: Problem) -> Forward:
     single = cut.programs == 1
     constants = cut.constants(levels is not None) | {"INDICES": return_indices, "SINGLE": single}
     launch = _launcher(_kernels().forward_kernel, cut.programs, constants)
-    numbers = (loss_scale, *cut.sizes(problem.stride))
+    sort = _prepare_sort(cut, problem, levels)
+    numbers = (*_halves(loss_scale), *cut.sizes(problem.stride))
 
     def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         with _on(device):
@@ -272,7 +325,7 @@ def _prepare_forward(problem: Problem) -> Forward:
             if not single:
                 partials = torch.empty(cut.programs, dtype=torch.float64, device=device)
                 tickets = counters(device, stream)
-            tensors = (z, codebook, levels, quantized, indices, loss, partials, tickets)
+            tensors = (z, codebook, levels, *sort(codebook, stream), quantized, indices, loss, partials, tickets)
             launch(_are_aligned(z, codebook), stream, tensors + numbers)
         return quantized, indices, loss
 
@@ -283,13 +336,18 @@ def _prepare_backward(problem: Problem) -> Backward:
     cut = plan(problem, _processors(problem.device), summing_codes=True)
     levels, device, compute_dtype = _levels(problem), problem.device, problem.compute_dtype
     scales = (2 / problem.size * problem.commitment_weight, 2 / problem.size * problem.quantization_weight)
-    numbers = (*scales, *cut.sizes(problem.stride), cut.group_size)
+    numbers = (*_halves(scales[0]), *_halves(scales[1]), *cut.sizes(problem.stride), cut.group_size)
     groups = -(-cut.parts // cut.group_size)
-    entries = cut.windows * cut.block * problem.stride
+    entries = cut.windows * cut.columns * problem.stride
+    sum_dtype = compute_dtype if cut.few else torch.float64
+    lanes_entries = 0 if cut.lanes == cut.columns else cut.programs * cut.lanes * problem.stride
+    sort = _prepare_sort(cut, problem, levels)
 
     @cache
     def launcher(has_grad_quantized: bool, need_grad_z: bool, need_grad_codebook: bool) -> Launch:
         constants = cut.constants(levels is not None) | {
+            "COLUMNS": cut.columns,
+            "LANES": cut.lanes,
             "GRAD_QUANTIZED": has_grad_quantized,
             "GRAD_Z": need_grad_z,
             "GRAD_CODEBOOK": need_grad_codebook,
@@ -309,15 +367,18 @@ def _prepare_backward(problem: Problem) -> Backward:
         with _on(device):
             stream = _stream(device)
             grad_z = torch.empty_like(z) if need_grad_z else None
-            grad_codebook = partials = sums = tickets = None
+            grad_codebook = lanes = partials = sums = tickets = None
             if need_grad_codebook:
                 grad_codebook = torch.empty_like(codebook)
                 if not (cut.direct and cut.few):
-                    partials = torch.empty(cut.parts * entries, dtype=compute_dtype, device=device)
+                    partials = torch.empty(cut.parts * entries, dtype=sum_dtype, device=device)
+                if not cut.few:
+                    lanes = torch.empty(lanes_entries, dtype=sum_dtype, device=device) if lanes_entries else partials
                 if not cut.direct:
                     sums = torch.empty(groups * entries, dtype=torch.float64, device=device)
                     tickets = counters(device, stream)
-            tensors = (z, codebook, levels, grad_quantized, grad_loss, grad_z, grad_codebook, partials, sums, tickets)
+            tensors = (z, codebook, levels, *sort(codebook, stream), grad_quantized, grad_loss, grad_z, grad_codebook)
+            tensors += (lanes, partials, sums, tickets)
             launch = launcher(grad_quantized is not None, need_grad_z, need_grad_codebook)
             launch(_are_aligned(z, codebook, grad_quantized), stream, tensors + numbers)
         return grad_z, grad_codebook

@@ -87,6 +87,8 @@ def random_call(shape: tuple[int, ...], dtype: torch.dtype, rows: int, codes: in
         ((2001, 1), 1, torch.float32, 5),
         ((3, 2, 701), 2, torch.float16, 5),
         ((3, 2, 351), 2, torch.float32, 20),
+        ((30, 70), 70, torch.float32, 20),
+        ((2001, 1), 1, torch.float64, 40),
         ((5, 700), 700, torch.float32, 5),
         ((90, 17), 1, torch.float32, 5),
     ],
@@ -96,7 +98,7 @@ def test_many_programs_and_groups_of_them(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], rows: int, dtype: torch.dtype, codes: int
 ) -> None:
     # Small tiles, so that small inputs have many.
-    for name, value in (("PIECE", 128), ("PIECES", 2), ("MOST_ELEMENTS_OF_ONE_PROGRAM", 256)):
+    for name, value in (("PIECE", 128), ("PIECES", 2), ("LANES", 64), ("MOST_ELEMENTS_OF_ONE_PROGRAM", 256)):
         monkeypatch.setattr(latent_quantize_triton, name, value)
     monkeypatch.setattr(latent_quantize_triton, "_processors", lambda device: 5)
     z, codebook, grad_quantized = random_call(shape, dtype, rows, codes)
@@ -209,6 +211,8 @@ KINDS = {
     "16 codes": problem_of(1 << 20, 16, 1, 16, torch.bfloat16, False),
     "float64": problem_of(1 << 20, 12, 1, 12, torch.float64, False),
     "many codes": problem_of(1 << 20, 16, 1, 512, torch.float32, False),
+    "many codes of one latent": problem_of(4096, 1, 1, 4096, torch.bfloat16, False),
+    "many codes, images": problem_of(64, 32, 4096, 64, torch.float32, False),
     "images": problem_of(64, 32, 4096, 10, torch.float16, False),
     "more than 2**31 images": problem_of(1 << 18, 32, 4096, 256, torch.float32, False),
 }
@@ -233,20 +237,23 @@ def compiled(problem: Problem, backward: bool, target: tuple[str, int | str, int
     value, compute = TYPES[problem.value_dtype], TYPES[problem.compute_dtype]
     constants = cut.constants(ragged=False)
     absent = ["levels_ptr"]
+    absent += ["sorted_ptr", "order_ptr", "first_nan_ptr"] if cut.few else []
     if backward:
         constants |= {"GRAD_QUANTIZED": True, "GRAD_Z": True, "GRAD_CODEBOOK": True}
+        constants |= {"COLUMNS": cut.columns, "LANES": cut.lanes}
         constants |= {"DIRECT": cut.direct, "FOLDED": cut.folded}
         absent += ["sums_ptr", "counters_ptr"] if cut.direct else []
         absent += ["partials_ptr"] if cut.direct and cut.few else []
+        absent += ["lanes_ptr"] if cut.few else []
     else:
         constants |= {"INDICES": True, "SINGLE": cut.programs == 1}
         absent += ["partials_ptr", "counters_ptr"] if cut.programs == 1 else []
-    pointers = {"indices_ptr": "i32", "counters_ptr": "i32", "sums_ptr": "fp64"}
-    pointers |= dict.fromkeys(("codebook_ptr", "loss_ptr", "grad_loss_ptr", "grad_codebook_ptr"), compute)
-    pointers |= {"partials_ptr": compute if backward else "fp64"}
+    pointers = dict.fromkeys(("indices_ptr", "counters_ptr", "order_ptr", "first_nan_ptr"), "i32")
+    pointers |= dict.fromkeys(("codebook_ptr", "sorted_ptr", "loss_ptr", "grad_loss_ptr", "grad_codebook_ptr"), compute)
+    pointers |= {"sums_ptr": "fp64", "lanes_ptr": "fp64", "partials_ptr": compute if backward and cut.few else "fp64"}
     signature = {name: "i64" if name == "size_units" and cut.wide else "i32" for name in kernels.SIZES}
     signature |= {name: "*" + pointers.get(name, value) for name in kernel.arg_names if name.endswith("_ptr")}
-    signature |= {name: "fp64" for name in kernel.arg_names if name.endswith("_scale")}
+    signature |= dict.fromkeys(kernels.HALVES, "i32")
     signature |= dict.fromkeys((*constants, *absent), "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
@@ -265,6 +272,32 @@ def ptxas_report(ptx: str, architecture: int) -> str:
     suffix = "a" if architecture >= 90 else ""
     command = [assembler, "-v", f"--gpu-name=sm_{architecture}{suffix}", "/dev/stdin", "-o", "/dev/null"]
     return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS, ids=lambda value: str(value[1]))
+@pytest.mark.parametrize("compute", ["fp32", "fp64"])
+def test_sorting_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compute: str, target: tuple[str, int | str, int]
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qlae_kernels.latent_quantize_triton_kernels import sort_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    signature = dict.fromkeys(("codebook_ptr", "sorted_ptr"), "*" + compute)
+    signature |= dict.fromkeys(("levels_ptr", "order_ptr", "first_nan_ptr"), "*i32")
+    signature |= dict.fromkeys(("num_latents", "num_codes", "passes"), "i32")
+    constants = {"RAGGED": True, "LANES": latent_quantize_triton.SORTED_AT_A_TIME}
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in sort_kernel.arg_names}
+    kernel = triton.compile(ASTSource(sort_kernel, signature, constants), target=GPUTarget(*target))
+    if target[0] == "hip":
+        assert int(re.search(r"\.vgpr_spill_count: *(\d+)", kernel.asm["amdgcn"])[1]) == 0
+    else:
+        assert "0 bytes spill stores" in ptxas_report(kernel.asm["ptx"], int(target[1]))
 
 
 @compiles
