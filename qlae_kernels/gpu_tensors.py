@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -27,14 +29,30 @@ def counters(device: torch.device, stream: int, count: int = COUNTERS_PER_LAUNCH
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _for_captured_launch(device, count)
-    kept = _of_stream.get((device, stream))
-    if kept is None:
-        kept = _of_stream[device, stream] = _zeros(device, COUNTERS_PER_LAUNCH)
+    found = _of_stream.get((device, stream))
+    if found is None:
+        found = _of_stream[device, stream] = kept(device, lambda: _zeros(device, COUNTERS_PER_LAUNCH))
         if device.type == "cuda" and device not in _for_graphs:
-            _for_graphs[device] = _zeros(device, _COUNTERS_FOR_GRAPHS)
-            # A graph may be replayed on any stream, which would not wait for the zeros.
-            torch.cuda.current_stream(device).synchronize()
-    return kept
+            _for_graphs[device] = kept(device, lambda: _zeros(device, _COUNTERS_FOR_GRAPHS))
+    return found
+
+
+def kept(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` returns, a tensor on `device`, in memory that may be kept, and ready for every stream.
+
+    Where torch.compile makes CUDA graphs, what this thread allocates belongs to the graphs, which end with an error
+    when it outlives a call; what another thread allocates does not.
+    """
+    if device.type != "cuda":
+        return make()
+
+    def make_and_wait() -> Tensor:
+        tensor = make()
+        torch.cuda.current_stream(device).synchronize()
+        return tensor
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make_and_wait).result()
 
 
 def _for_captured_launch(device: torch.device, count: int) -> Tensor:
@@ -56,4 +74,4 @@ def levels_on(device: torch.device, levels: Tensor | None, dtype: torch.dtype) -
 
 @lru_cache(maxsize=256)
 def _kept_levels(device: torch.device, levels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(levels, dtype=dtype, device=device)
+    return kept(device, lambda: torch.tensor(levels, dtype=dtype, device=device))

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qlae_kernels.gpu_tensors import counters, levels_on
+from qlae_kernels.gpu_tensors import counters, kept, levels_on
 from qlae_kernels.latent_quantize_cpu import _native
 from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Backward, Forward, Problem
 
@@ -71,7 +71,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
     launch_forward, launch_backward = launcher.forward, launcher.backward
     forward_bytes, backward_bytes = launcher.forward_workspace_bytes, launcher.backward_workspace_bytes
     forward_counters, backward_counters = launcher.forward_counters, launcher.backward_counters
-    scalar = torch.empty((), dtype=problem.compute_dtype, device=device)
+    scalar = kept(device, lambda: torch.empty((), dtype=problem.compute_dtype, device=device))
     bytes_like = torch.empty(0, dtype=torch.uint8, device=device)
     empty_like = torch.empty_like
     # The number of the stream that torch uses now; `torch.cuda.current_stream` makes an object, which takes longer.

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor
 
 from qlae_kernels import available_backends, latent_quantize_cpu
+from qlae_kernels.backends import BACKENDS
 
 # For `latent_quantize_statement` and `on_device`, which the tests of this folder share.
 sys.path.insert(0, str(Path(__file__).parent))
 
 INSTRUCTION_SETS = latent_quantize_cpu.instruction_sets() if "cpu" in available_backends() else ()
+EMULATED = "cuda-emulated"
 # The kernels sort the codebook for large inputs only; sorted from the first sample on, small ones show every search.
 VARIANTS = [name for name in available_backends() if name != "cpu"] + [
     f"cpu-{name}{sorting}" for name in INSTRUCTION_SETS for sorting in ("", "-sorted")
 ]
+# In triton's interpreter only triton is of interest.
+if "cpu" not in BACKENDS["triton"].DEVICE_TYPES:
+    VARIANTS.append(EMULATED)
 
 
 @contextmanager
@@ -46,9 +52,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def emulated_cuda_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels compiled for the CPU."""
+    from emulated_cuda import build
+
+    return build(tmp_path_factory.mktemp("emulated_cuda"))
+
+
 @pytest.fixture(params=VARIANTS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a backend; `cpu` with each instruction set that this machine runs and each kind of search."""
+    """The name of a backend; `cpu` with each instruction set that this machine runs and each kind of search.
+
+    `cuda-emulated` is the CUDA kernels on the CPU.
+    """
+    if request.param == EMULATED:
+        from emulated_cuda import registered
+
+        with registered(request.getfixturevalue("emulated_cuda_module")) as name:
+            yield name
+        return
     if not request.param.startswith("cpu-"):
         yield request.param
         return

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from emulated_cuda import SOURCES, build, checked_run, choosing, registered, value_type_flags
+from emulated_cuda import SOURCES, checked_run, choosing, registered, value_type_flags
 from latent_quantize_statement import (
     INDEX_DTYPES,
     VALUE_DTYPES,
@@ -59,19 +59,14 @@ dtypes = pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=lambda dtype: str(dt
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory):
-    return build(tmp_path_factory.mktemp("emulated_cuda"))
-
-
-@pytest.fixture(scope="module")
-def backend(module):
-    with registered(module) as name:
+def backend(emulated_cuda_module):
+    with registered(emulated_cuda_module) as name:
         yield name
 
 
 @pytest.fixture(params=CHOICES, ids=lambda choice: f"search{choice[0]}-bins{choice[1]}")
-def choices(module, backend, request: pytest.FixtureRequest):
-    with choosing(module, *request.param):
+def choices(emulated_cuda_module, backend, request: pytest.FixtureRequest):
+    with choosing(emulated_cuda_module, *request.param):
         yield
 
 
