@@ -13,6 +13,7 @@ from torch.autograd import DeviceType
 
 from qlae_kernels import FusedLatentQuantizer, LatentQuantizerOutput, available_backends, latent_quantize
 from qlae_kernels.backends import BACKENDS, select_backend
+from qlae_kernels.latent_quantize_triton import MOST_UNROLLED_CODES
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU; torch.cuda.is_available() is False", allow_module_level=True)
@@ -272,8 +273,10 @@ def test_one_launch_each_way(backend: str, sizes: tuple[int, int, int]) -> None:
     (output,) = outputs
     values = (output.quantized, output.loss)
     backward = device_work(lambda: torch.autograd.grad(values, (z, codebook), (grad, grad_loss)))
-    assert len(forward) == 1, forward
-    assert len(backward) == 1, backward
+    # Triton sorts more codes than it compares one by one with a launch of its own.
+    launches = 2 if backend == "triton" and sizes[2] > MOST_UNROLLED_CODES[torch.float32] else 1
+    assert len(forward) == launches, forward
+    assert len(backward) == launches, backward
 
 
 @contextmanager
