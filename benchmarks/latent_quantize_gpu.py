@@ -242,7 +242,13 @@ def measure_case(work: Work, device: torch.device, budget: float) -> tuple[list[
         }
         contenders |= {name: Floor(name, sets) for name in (COPY, EMPTY)}
         for method in methods_of(work.case, direction, device):
-            rows.append(measure_row(work.case, direction, method, contenders, dict(skipped), budget))
+            row = measure_row(work.case, direction, method, contenders, dict(skipped), budget)
+            rows.append(row)
+            failures += [
+                f"{work.case} {work.case.dtype_name}, {name}: {reason}"
+                for name, reason in row["skipped"].items()
+                if name.startswith("fused") and name not in skipped
+            ]
         del contenders
     return rows, failures
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ _COUNTERS_FOR_GRAPHS = 1 << 20
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _for_graphs: dict[torch.device, Tensor] = {}
+_giving_out = Lock()
 
 
 def counters(device: torch.device, stream: int, count: int = COUNTERS_PER_LAUNCH) -> Tensor:
@@ -56,11 +58,12 @@ def kept(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
 
 
 def _for_captured_launch(device: torch.device, count: int) -> Tensor:
-    left = _for_graphs.get(device)
-    if left is None or left.numel() < count:
-        return _zeros(device, count)
-    _for_graphs[device] = left[count:]
-    return left[:count]
+    with _giving_out:
+        left = _for_graphs.get(device)
+        if left is not None and left.numel() >= count:
+            _for_graphs[device] = left[count:]
+            return left[:count]
+    return _zeros(device, count)
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:
@@ -72,6 +75,7 @@ def levels_on(device: torch.device, levels: Tensor | None, dtype: torch.dtype) -
     return None if levels is None else _kept_levels(device, tuple(levels.tolist()), dtype)
 
 
-@lru_cache(maxsize=256)
+# A captured graph knows only the address, so they are never dropped.
+@cache
 def _kept_levels(device: torch.device, levels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return kept(device, lambda: torch.tensor(levels, dtype=dtype, device=device))

@@ -106,7 +106,7 @@ def latent_quantize(
     if not contiguous:
         check_strided("z", z)
         z = as_dense(z)
-    call = (_cached_call if contiguous else make_call)(
+    call = cached_call(
         z.shape,
         z.dtype,
         z.device,
@@ -233,7 +233,7 @@ def make_call(
     index_dtype: torch.dtype,
     return_indices: bool,
     backend: str,
-    order: list[int] | None = None,
+    order: tuple[int, ...] | None = None,
 ) -> Call:
     """Check everything that `latent_quantize` promises to check, and choose the backend.
 
@@ -274,7 +274,8 @@ def make_call(
     return Call(problem, forward, backward, codebook_dtype is problem.compute_dtype)
 
 
-_cached_call = lru_cache(maxsize=1024)(make_call)
+# Checks, plans and launchers are made once per problem.
+cached_call = lru_cache(maxsize=1024)(make_call)
 
 
 def check_index_dtype(index_dtype: torch.dtype, levels: int) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qlae_kernels.gpu_tensors import counters, kept, levels_on
+from qlae_kernels.gpu_tensors import counters, levels_on
 from qlae_kernels.latent_quantize_cpu import _native
 from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Backward, Forward, Problem
 
@@ -71,7 +71,6 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
     launch_forward, launch_backward = launcher.forward, launcher.backward
     forward_bytes, backward_bytes = launcher.forward_workspace_bytes, launcher.backward_workspace_bytes
     forward_counters, backward_counters = launcher.forward_counters, launcher.backward_counters
-    scalar = kept(device, lambda: torch.empty((), dtype=problem.compute_dtype, device=device))
     bytes_like = torch.empty(0, dtype=torch.uint8, device=device)
     empty_like = torch.empty_like
     # The number of the stream that torch uses now; `torch.cuda.current_stream` makes an object, which takes longer.
@@ -80,7 +79,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
     def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         quantized = empty_like(z)
         indices = empty_like(z, dtype=index_dtype) if return_indices else None
-        loss = empty_like(scalar)
+        loss = codebook.new_empty(())
         stream = stream_of(device_index)
         # Kept until the launch is enqueued; torch reuses the memory for later work of the same stream only.
         workspace = bytes_like.new_empty(forward_bytes) if forward_bytes else None

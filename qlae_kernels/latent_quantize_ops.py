@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlae_kernels.latent_quantize import Call, for_kernels, gradients_of, make_call
+from qlae_kernels.latent_quantize import Call, cached_call, for_kernels, gradients_of
 from qlae_kernels.problem import as_dense, compute_dtype_of, memory_order
 
 
 def _call(z: Tensor, codebook: Tensor, levels: list[int] | None, *arguments: Any) -> Call:
-    return make_call(
+    return cached_call(
         z.shape,
         z.dtype,
         z.device,

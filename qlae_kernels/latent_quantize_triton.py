@@ -40,9 +40,10 @@ PROGRAMS_PER_PROCESSOR = 12
 # More tiles than this per program would let rounding errors of its float32 sums grow.
 MOST_TILES_PER_PROGRAM = 1024
 # Sums of many codes are kept in memory, float64 [programs, K, lanes], a lane being the elements at one place of every
-# piece; all together take at most this, or as much as z if that is more.
+# piece. With those that are added up from them they take at most this, or a quarter of z if that is more, or where
+# every latent needs more than that, two numbers per code.
 LANES = 1024 if _INTERPRETED else NUM_WARPS * 32
-MOST_BYTES_OF_SUMS = 64 << 20
+MOST_BYTES_OF_SUMS = 24 << 20
 # Codes that a sorting program takes at a time.
 SORTED_AT_A_TIME = 1024
 
@@ -136,14 +137,14 @@ def plan(problem: Problem, processors: int, summing_codes: bool) -> Plan:
     in_lanes = summing_codes and not few
     target = processors * PROGRAMS_PER_PROCESSOR
     piece = PIECE // 2 if problem.value_dtype.itemsize == 8 else PIECE
-    most_sums = max(MOST_BYTES_OF_SUMS, size * problem.compute_dtype.itemsize) // (8 * num_codes)
+    most_lanes = max(MOST_BYTES_OF_SUMS, size * problem.compute_dtype.itemsize // 4) // (2 * 8 * num_codes)
     runs = inner > 1
     if runs:
         block, spacing, windows, samples = 1, inner, num_latents, outer * inner
-        piece = min(LANES, _power_of_two(most_sums // windows)) if in_lanes else piece
+        piece = min(LANES, _power_of_two(min(most_lanes // windows, samples))) if in_lanes else piece
     elif in_lanes:
-        piece = block = LANES
-        spacing = max(1, LANES // num_latents) * num_latents
+        piece = block = min(LANES, _power_of_two(min(most_lanes, size)))
+        spacing = max(1, block // num_latents) * num_latents
     else:
         block, spacing = _window(outer, num_latents, target)
     if not runs:
@@ -152,13 +153,15 @@ def plan(problem: Problem, processors: int, summing_codes: bool) -> Plan:
     rows = repeat * piece // block
     tiles = -(-samples // rows)
     most_parts, least_parts = target // windows, 1 if in_lanes else -(-tiles // MOST_TILES_PER_PROGRAM)
-    most_parts = min(most_parts, most_sums // (windows * piece)) if in_lanes else most_parts
+    most_parts = min(most_parts, most_lanes // (windows * piece)) if in_lanes else most_parts
     parts = max(most_parts, least_parts)
     # Of the counters every window needs one, and one for each of its groups.
     parts = min(parts, max(1, COUNTERS_PER_LAUNCH // windows - 1) ** 2 if windows < COUNTERS_PER_LAUNCH else 1)
     parts = 1 if windows * tiles * rows * block <= MOST_ELEMENTS_OF_ONE_PROGRAM and windows == 1 else min(parts, tiles)
     parts = max(1, parts)
-    largest = max(size + 2 * rows * spacing, windows * block * num_codes)
+    # The rows that fill the last tile reach beyond the last element.
+    beyond = (rows + spacing) * num_latents if runs else rows * spacing
+    largest = max(size + 2 * beyond, windows * block * num_codes)
     return Plan(
         size=size,
         num_latents=num_latents,
@@ -324,7 +327,7 @@ def _prepare_forward(problem: Problem) -> Forward:
             partials = tickets = None
             if not single:
                 partials = torch.empty(cut.programs, dtype=torch.float64, device=device)
-                tickets = counters(device, stream)
+                tickets = counters(device, stream, 1)
             tensors = (z, codebook, levels, *sort(codebook, stream), quantized, indices, loss, partials, tickets)
             launch(_are_aligned(z, codebook), stream, tensors + numbers)
         return quantized, indices, loss
@@ -376,7 +379,7 @@ def _prepare_backward(problem: Problem) -> Backward:
                     lanes = torch.empty(lanes_entries, dtype=sum_dtype, device=device) if lanes_entries else partials
                 if not cut.direct:
                     sums = torch.empty(groups * entries, dtype=torch.float64, device=device)
-                    tickets = counters(device, stream)
+                    tickets = counters(device, stream, cut.windows * (groups + 1))
             tensors = (z, codebook, levels, *sort(codebook, stream), grad_quantized, grad_loss, grad_z, grad_codebook)
             tensors += (lanes, partials, sums, tickets)
             launch = launcher(grad_quantized is not None, need_grad_z, need_grad_codebook)

@@ -199,7 +199,7 @@ def _first_as_near(z, ranks, distances, indices, unsettled, sorted_ptr, order_pt
 
 
 @triton.jit
-def _nearest_of_many(z, codebook_ptr, sorted_ptr, order_ptr, row_starts, num_codes):
+def _nearest_of_many(z, exists, codebook_ptr, sorted_ptr, order_ptr, row_starts, num_codes):
     """Indices (int32), codes and residuals z - code of every piece, by binary search among sorted codes.
 
     The rounded distance of a code does not fall as codes go away from z, so the nearest is one of z's two neighbours,
@@ -225,7 +225,7 @@ def _nearest_of_many(z, codebook_ptr, sorted_ptr, order_ptr, row_starts, num_cod
         is_code = (beyond >= 0) & (beyond < num_codes)
         next_code = tl.load(sorted_ptr + row_starts + beyond, mask=is_code, other=float("nan"))
         unsettled = (upper_distance == lower_distance) | (tl.abs(z[piece] - next_code) == distance)
-        unsettled = unsettled & (tl.abs(z[piece]) < float("inf"))
+        unsettled = unsettled & (tl.abs(z[piece]) < float("inf")) & exists[piece]
         if tl.max(tl.max(unsettled.to(tl.int32), 1), 0) > 0:
             index = _first_as_near(
                 z[piece], rank, distance, index, unsettled, sorted_ptr, order_ptr, row_starts, num_codes
@@ -240,6 +240,7 @@ def _nearest_of_many(z, codebook_ptr, sorted_ptr, order_ptr, row_starts, num_cod
 @triton.jit
 def _nearest(
     z,
+    exists,
     codebook_ptr,
     sorted_ptr,
     order_ptr,
@@ -254,7 +255,9 @@ def _nearest(
     if FEW > 0:
         indices, codes, residuals = _nearest_of_few(z, codebook_ptr, row_starts, counts, FEW, RAGGED)
     else:
-        indices, codes, residuals = _nearest_of_many(z, codebook_ptr, sorted_ptr, order_ptr, row_starts, num_codes)
+        indices, codes, residuals = _nearest_of_many(
+            z, exists, codebook_ptr, sorted_ptr, order_ptr, row_starts, num_codes
+        )
     known_residuals = ()
     known_codes = ()
     known_indices = ()
@@ -443,6 +446,8 @@ def forward_kernel(
     window = program % windows
     part = program // windows
     # Multiples of ALIGN, as the compiler must see to load and store several elements at once.
+    if WIDE:
+        size_units, spacing_units = size_units.to(tl.int64), spacing_units.to(tl.int64)
     size, spacing = size_units * ALIGN, spacing_units * ALIGN
     compute = codebook_ptr.dtype.element_ty
     if WIDE:
@@ -461,7 +466,7 @@ def forward_kernel(
             z_ptr, tile, columns, exist, size, num_latents, spacing, compute, ROWS, REPEAT, RUNS, WIDE
         )
         indices, codes, residuals = _nearest(
-            z, codebook_ptr, sorted_ptr, order_ptr, row_starts, counts, first_nan, num_codes, FEW, RAGGED
+            z, exists, codebook_ptr, sorted_ptr, order_ptr, row_starts, counts, first_nan, num_codes, FEW, RAGGED
         )
         for piece in tl.static_range(REPEAT):
             offsets, valid = places[piece], exists[piece]
@@ -541,8 +546,8 @@ def _combine(
     first = group * group_size
     members = tl.minimum(group_size, parts - first)
     entries = num_codes * BLOCK
-    stride = (windows * entries).to(tl.int64)
-    window_start = (window * entries).to(tl.int64)
+    stride = windows.to(tl.int64) * entries
+    window_start = window.to(tl.int64) * entries
     lanes = tl.arange(0, 128)
     if _is_last(counters_ptr + windows + window * groups + group, members):
         for start in range(0, entries, 128):
@@ -632,6 +637,8 @@ def backward_kernel(
     window = program % windows
     part = program // windows
     # Multiples of ALIGN, as the compiler must see to load and store several elements at once.
+    if WIDE:
+        size_units, spacing_units = size_units.to(tl.int64), spacing_units.to(tl.int64)
     size, spacing = size_units * ALIGN, spacing_units * ALIGN
     compute = codebook_ptr.dtype.element_ty
     if WIDE:
@@ -661,7 +668,7 @@ def backward_kernel(
             z_ptr, tile, columns, exist, size, num_latents, spacing, compute, ROWS, REPEAT, RUNS, WIDE
         )
         indices, _, residuals = _nearest(
-            z, codebook_ptr, sorted_ptr, order_ptr, row_starts, counts, first_nan, num_codes, FEW, RAGGED
+            z, exists, codebook_ptr, sorted_ptr, order_ptr, row_starts, counts, first_nan, num_codes, FEW, RAGGED
         )
         if GRAD_Z:
             for piece in tl.static_range(REPEAT):

@@ -84,9 +84,9 @@ class Backend(Protocol):
         """The two functions that solve `problem`; all that depends on the problem alone is worked out here."""
 
 
-def memory_order(z: Tensor) -> list[int]:
+def memory_order(z: Tensor) -> tuple[int, ...]:
     """The dimensions of a dense tensor from the slowest to the fastest in memory."""
-    return sorted(range(z.dim()), key=lambda dim: (-z.stride(dim), -z.size(dim)))
+    return tuple(sorted(range(z.dim()), key=lambda dim: (-z.stride(dim), -z.size(dim))))
 
 
 def as_dense(z: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ def has_strides_of(other: Tensor, z: Tensor) -> bool:
     return same and not other.is_neg()
 
 
-def layout_of(shape: torch.Size, channel_dim: int, order: list[int] | None) -> tuple[int, int, int]:
+def layout_of(shape: torch.Size, channel_dim: int, order: tuple[int, ...] | None) -> tuple[int, int, int]:
     """The sizes (outer, num_latents, inner) around `channel_dim` in memory order; None is the order of dimensions."""
-    order = list(range(len(shape))) if order is None else order
+    order = tuple(range(len(shape))) if order is None else order
     position = order.index(channel_dim)
     sizes = [shape[dim] for dim in order]
     return math.prod(sizes[:position]), sizes[position], math.prod(sizes[position + 1 :])

@@ -111,7 +111,7 @@ def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh tensors hold NaN or an impossible index, those from the pool of large buffers too."""
     # A call that is kept from before would allocate as it did then.
-    kept_calls = importlib.import_module("qlae_kernels.latent_quantize")._cached_call
+    kept_calls = importlib.import_module("qlae_kernels.latent_quantize").cached_call
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (Tensor, ("new_empty", "new_empty_strided")),

@@ -82,7 +82,7 @@ def build(folder: Path) -> types.ModuleType:
 
 def forget_calls() -> None:
     """Drop the calls that were kept with the choices of before."""
-    importlib.import_module("qlae_kernels.latent_quantize")._cached_call.cache_clear()
+    importlib.import_module("qlae_kernels.latent_quantize").cached_call.cache_clear()
 
 
 @contextmanager

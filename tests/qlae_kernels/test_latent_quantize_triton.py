@@ -193,8 +193,21 @@ def test_plans_cover_the_problem_and_keep_their_limits(codes: int, summing_codes
         groups = -(-cut.parts // cut.group_size)
         if not cut.direct:
             assert cut.windows * (groups + 1) <= COUNTERS_PER_LAUNCH
-        assert cut.wide == (cut.wide or problem.size + cut.rows * cut.spacing >= 1 << 31)
+        assert cut.wide or largest_offset(cut) < 1 << 31
+        if summing_codes and not cut.few:
+            sums = 8 * codes * (cut.programs * cut.lanes + cut.parts * cut.windows * cut.columns)
+            size, compute_size = problem.size, problem.compute_dtype.itemsize
+            # The last: two numbers for each code, of latents up to whole windows.
+            assert sums <= max(24 << 20, size * compute_size // 4, 2 * 8 * codes * cut.windows * cut.block)
         assert cut.wide or problem.rows * codes < 1 << 31
+
+
+def largest_offset(cut: Plan) -> int:
+    """Of the last element of the last tile, exist it or not, as `_places` has it."""
+    row = cut.tiles * cut.rows - 1
+    if not cut.runs:
+        return row * cut.spacing + cut.windows * cut.block - 1
+    return (row // cut.spacing * cut.num_latents + cut.windows - 1) * cut.spacing + row % cut.spacing
 
 
 def test_the_papers_batch_is_one_program() -> None:
@@ -213,13 +226,16 @@ KINDS = {
     "many codes": problem_of(1 << 20, 16, 1, 512, torch.float32, False),
     "many codes of one latent": problem_of(4096, 1, 1, 4096, torch.bfloat16, False),
     "many codes, images": problem_of(64, 32, 4096, 64, torch.float32, False),
+    "more than 2**31 latents": problem_of(134_217_736, 16, 1, 10, torch.bfloat16, False),
     "images": problem_of(64, 32, 4096, 10, torch.float16, False),
     "more than 2**31 images": problem_of(1 << 18, 32, 4096, 256, torch.float32, False),
 }
 TARGETS = (("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64))
 # One kind for each of NVIDIA's architectures, all kinds for one.
 COMPILED = [
-    (name, target) for name, target in product(KINDS, TARGETS) if target[1] not in (80, 100) or "latents" in name
+    (name, target)
+    for name, target in product(KINDS, TARGETS)
+    if target[1] not in (80, 100) or "latents" in name or "many codes" in name
 ]
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -251,7 +267,9 @@ def compiled(problem: Problem, backward: bool, target: tuple[str, int | str, int
     pointers = dict.fromkeys(("indices_ptr", "counters_ptr", "order_ptr", "first_nan_ptr"), "i32")
     pointers |= dict.fromkeys(("codebook_ptr", "sorted_ptr", "loss_ptr", "grad_loss_ptr", "grad_codebook_ptr"), compute)
     pointers |= {"sums_ptr": "fp64", "lanes_ptr": "fp64", "partials_ptr": compute if backward and cut.few else "fp64"}
-    signature = {name: "i64" if name == "size_units" and cut.wide else "i32" for name in kernels.SIZES}
+    # As triton infers it from the number.
+    large = cut.size // cut.align >= 2**31
+    signature = {name: "i64" if name == "size_units" and large else "i32" for name in kernels.SIZES}
     signature |= {name: "*" + pointers.get(name, value) for name in kernel.arg_names if name.endswith("_ptr")}
     signature |= dict.fromkeys(kernels.HALVES, "i32")
     signature |= dict.fromkeys((*constants, *absent), "constexpr")
@@ -307,6 +325,7 @@ def test_kernels_compile_and_keep_to_their_registers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, target: tuple[str, int | str, int], backward: bool
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    plan_of_kind = plan(KINDS[name], 132, summing_codes=backward)
     kernel = compiled(KINDS[name], backward, target)
     if target[0] == "hip":
         counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count): *(\d+)", kernel.asm["amdgcn"]))
@@ -316,6 +335,8 @@ def test_kernels_compile_and_keep_to_their_registers(
     # Subnormal values count.
     assert ".ftz" not in kernel.asm["ptx"]
     assert "fma.rn.f" not in kernel.asm["ptx"]
+    # Sizes are widened before they are multiplied.
+    assert re.search(r"muli %size_units.* : i32", kernel.asm["ttir"]) is None or not plan_of_kind.wide
     report = ptxas_report(kernel.asm["ptx"], int(target[1]))
     # The assembler may put a few registers by to run one more block beside the others.
     assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 64, report
