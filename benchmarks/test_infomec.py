@@ -8,7 +8,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from sklearn.metrics import mutual_info_score
 
 from qlae.metrics import infomec
-from qlae.metrics.infomec import _discrete_nmi, _relabel
+from qlae.metrics.mutual_information import discrete_information, normalised
+from qlae.metrics.samples import relabel
 
 SAMPLES = 10_000
 
@@ -25,7 +26,8 @@ def make_codes(num_latents: int, num_sources: int) -> tuple[np.ndarray, np.ndarr
 
 
 def vectorised(latents: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    return _discrete_nmi(*_relabel(latents), *_relabel(sources))
+    labels = relabel(sources)
+    return normalised(discrete_information(*relabel(latents), *labels), *labels)
 
 
 def scikit_learn_loops(latents: np.ndarray, sources: np.ndarray) -> np.ndarray:

@@ -5,9 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import digamma
+from scipy.stats import norm
+from sklearn.feature_selection import mutual_info_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, mutual_info_score
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from qlae.metrics import infomec
 
@@ -268,6 +271,153 @@ def test_wrong_input_is_named(latents: np.ndarray, sources: np.ndarray, message:
         infomec(latents, sources)
 
 
-def test_continuous_latents_are_refused() -> None:
-    with pytest.raises(ValueError, match="discrete latents only so far"):
-        infomec(CODES.astype(np.float32), CODES, discrete=False)
+def noisy_values(samples: int = 1500) -> tuple[np.ndarray, np.ndarray]:
+    """Continuous latents that tell sources of sizes 4, 3, 2 well, badly and not at all."""
+    generator = np.random.default_rng(0)
+    sources = np.stack([generator.integers(0, size, samples) for size in (4, 3, 2)], axis=1)
+    noise = generator.normal(size=(samples, 4))
+    return sources[:, [0, 1, 2, 0]] * [1.0, 2.0, 0.5, 0.0] + noise * [0.1, 1.0, 1.0, 1.0], sources
+
+
+def scikit_learn_nmi(latents: np.ndarray, sources: np.ndarray, neighbors: int = 10) -> np.ndarray:
+    rows = []
+    for source in sources.T:
+        information = mutual_info_classif(latents, source, n_neighbors=neighbors, random_state=0)
+        rows.append(information / mutual_info_score(source, source))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("neighbors", [1, 3, 10])
+def test_continuous_nmi_agrees_with_scikit_learn(neighbors: int) -> None:
+    latents, sources = noisy_values()
+    scores = infomec(latents, sources, discrete=False, neighbors=neighbors)
+    np.testing.assert_allclose(scores.nmi, scikit_learn_nmi(latents, sources, neighbors), atol=1e-9)
+
+
+def literal_ross(values: np.ndarray, labels: np.ndarray, neighbors: int) -> float:
+    """The estimator sample by sample, from all distances; classes of one sample are left out."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    kept = counts[inverse] > 1
+    values, labels = values[kept], labels[kept]
+    terms = []
+    for value, label in zip(values, labels, strict=True):
+        own = np.sort(np.abs(values[labels == label] - value))
+        k = min(neighbors, len(own) - 1)
+        nearer = np.count_nonzero(np.abs(values - value) < own[k])
+        terms.append(digamma(k) - digamma(len(own)) - digamma(nearer))
+    return max(0.0, digamma(len(values)) + np.mean(terms))
+
+
+def test_small_and_single_classes() -> None:
+    generator = np.random.default_rng(0)
+    # Four samples of class 1, two of class 2, and one each of classes 3 and 4. scikit-learn finds the neighbours
+    # of such classes by rounded squares and takes the k-th for a nearer one here and there.
+    sources = np.array([0] * 92 + [1] * 4 + [2] * 2 + [3, 4])[:, None]
+    latents = generator.normal(size=(100, 3)) + [1.0, 0.2, 0.0] * sources
+    scores = infomec(latents, sources, discrete=False)
+    entropy = mutual_info_score(sources[:, 0], sources[:, 0])
+    expected = [literal_ross(latent, sources[:, 0], 10) / entropy for latent in latents.T]
+    np.testing.assert_allclose(scores.nmi[0], expected, atol=1e-9)
+
+
+def test_continuous_scores_by_the_published_formulas() -> None:
+    latents, sources = noisy_values()
+    latents[:, 2] /= 1000
+    scores = infomec(latents, sources, discrete=False)
+    # Latent 2 has a small range and is not active; the regression sees it all the same.
+    assert scores.active.tolist() == [True, True, False, True]
+    nmi = scikit_learn_nmi(latents, sources)[:, [0, 1, 3]]
+    modularity = (np.mean(nmi.max(axis=0) / nmi.sum(axis=0)) - 1 / 3) / (1 - 1 / 3)
+    compactness = (np.mean(nmi.max(axis=1) / nmi.sum(axis=1)) - 1 / 3) / (1 - 1 / 3)
+    assert scores.infom == pytest.approx(modularity, abs=1e-6)
+    assert scores.infoc == pytest.approx(compactness, abs=1e-6)
+    regressions = []
+    for labels in sources.T:
+        regression = LogisticRegression(C=np.inf, class_weight="balanced", max_iter=100)
+        values = StandardScaler().fit_transform(latents)
+        loss = log_loss(labels, regression.fit(values, labels).predict_proba(values))
+        regressions.append(1 - loss / np.log(labels.max() + 1))
+    assert scores.infoe == pytest.approx(np.mean(regressions), abs=1e-3)
+
+
+def test_continuous_information_of_normal_classes() -> None:
+    generator = np.random.default_rng(0)
+    source = generator.integers(0, 2, (20000, 1))
+    distance = 2.0
+    latent = distance * source + generator.normal(size=source.shape)
+    # I = H(mixture of two normals) - H(normal), by quadrature.
+    grid_values = np.linspace(-8, 10, 20001)
+    density = (norm.pdf(grid_values) + norm.pdf(grid_values - distance)) / 2
+    exact = np.trapezoid(-density * np.log(density), grid_values) - norm.entropy()
+    scores = infomec(latent, source, discrete=False)
+    assert scores.nmi[0, 0] * np.log(2) == pytest.approx(exact, abs=0.01)
+
+
+def test_continuous_copies_of_the_sources_score_one() -> None:
+    sources = grid(4, 3, 2, repeats=40)
+    generator = np.random.default_rng(0)
+    latents = sources + generator.uniform(-0.1, 0.1, sources.shape)
+    scores = infomec(latents, sources, discrete=False)
+    assert scores.infom > 0.95
+    assert scores.infoc > 0.95
+    assert scores.infoe == pytest.approx(1.0, abs=0.02)
+    # psi(N) - psi(N_c) passes log(N / N_c) by about 1 / (2 N_c) - 1 / (2 N).
+    assert np.diag(scores.nmi) == pytest.approx(1.0, abs=0.01)
+
+
+def test_continuous_equal_values_are_parted_by_seeded_noise() -> None:
+    sources = grid(4, 3, repeats=20)
+    first, second = (infomec(sources * 1.0, sources, discrete=False, seed=seed) for seed in (0, 0))
+    assert first.nmi.tolist() == second.nmi.tolist()
+    assert infomec(sources * 1.0, sources, discrete=False, seed=1).nmi.tolist() != first.nmi.tolist()
+    assert np.diag(first.nmi) == pytest.approx(1.0, abs=0.02)
+
+
+def test_continuous_scores_do_not_depend_on_scale_or_sign() -> None:
+    latents, sources = noisy_values()
+    scores = infomec(latents, sources, discrete=False)
+    for factor in (-1.0, 1e200, 1e-200):
+        scaled = infomec(latents * factor + factor, sources, discrete=False)
+        np.testing.assert_allclose(scaled.nmi, scores.nmi, atol=1e-6)
+        assert scaled.active.tolist() == scores.active.tolist()
+        assert scaled.infoe == pytest.approx(scores.infoe, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("latents", "sources"),
+    [
+        (np.zeros((12, 3)), grid(3, 4)),
+        (np.random.default_rng(0).normal(size=(12, 3)), np.zeros((12, 2), dtype=int)),
+        # Every sample is alone in its class.
+        (np.random.default_rng(0).normal(size=(12, 3)), np.arange(12)[:, None]),
+        (np.random.default_rng(0).normal(size=(2, 1)), np.array([[0], [1]])),
+    ],
+)
+def test_continuous_degenerate_input_scores_zero_information(latents: np.ndarray, sources: np.ndarray) -> None:
+    scores = infomec(latents, sources, discrete=False)
+    assert (scores.nmi == 0).all()
+    assert (scores.infom, scores.infoc) == (0.0, 0.0)
+    assert np.isfinite(scores.infoe)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_continuous_torch_latents(dtype: torch.dtype) -> None:
+    latents, sources = noisy_values(samples=200)
+    tensor = torch.as_tensor(latents).to(dtype)
+    expected = infomec(tensor.double().numpy(), sources, discrete=False)
+    assert infomec(tensor, torch.as_tensor(sources), discrete=False).nmi.tolist() == expected.nmi.tolist()
+
+
+@pytest.mark.parametrize(
+    ("latents", "options", "message"),
+    [
+        (np.array([[0.0, np.nan]] * 4), {}, "latents must be finite, got NaN or infinity in column 1"),
+        (np.array([[np.inf, 0.0]] * 4), {}, "latents must be finite, got NaN or infinity in column 0"),
+        (np.full((4, 2), 1j), {}, "latents must be real numbers, got complex128"),
+        (np.zeros((4, 2)), {"neighbors": 0}, "neighbors must be at least 1, got 0"),
+        (np.zeros((3, 2)), {}, "same length, got 3 and 4"),
+    ],
+)
+def test_wrong_continuous_input_is_named(latents: np.ndarray, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        infomec(latents, CODES, discrete=False, **options)
