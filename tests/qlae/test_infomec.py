@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss, mutual_info_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from qlae.metrics import infomec
+from qlae.metrics.predictive_information import split
 
 # Separable regressions stop at scikit-learn's gradient tolerance of 1e-4, a little before a log loss of 0.
 SEPARABLE = 2e-3
@@ -421,3 +422,120 @@ def test_continuous_torch_latents(dtype: torch.dtype) -> None:
 def test_wrong_continuous_input_is_named(latents: np.ndarray, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         infomec(latents, CODES, discrete=False, **options)
+
+
+def test_training_protocol_leaves_out_small_ranges_and_latents_without_information() -> None:
+    sources = grid(2, 2)
+    first, second = sources.T
+    latents = np.stack([8 * (first ^ second), 8 * first, second], axis=1)
+    standalone, training = infomec(latents, sources), infomec(latents, sources, protocol="training")
+    assert standalone.active.tolist() == [True, True, True]
+    # A range of 1 is not more than 8 / 8.
+    assert training.active.tolist() == [True, True, False]
+    assert (standalone.infom, training.infom) == (pytest.approx(2 / 3), pytest.approx(1.0))
+    assert (standalone.infoc, training.infoc) == (pytest.approx(1.0), pytest.approx(0.5))
+    # The regression sees the third latent in both.
+    assert training.infoe == pytest.approx(1.0, abs=SEPARABLE)
+
+
+def test_training_protocol_reads_codes_as_numbers() -> None:
+    codes = grid(4, repeats=10)
+    parity = codes % 2
+    values = StandardScaler().fit_transform(codes)
+    regression = LogisticRegression(C=np.inf, class_weight="balanced").fit(values, parity[:, 0])
+    expected = 1 - log_loss(parity[:, 0], regression.predict_proba(values)) / np.log(2)
+    assert infomec(codes, parity, protocol="training").infoe == pytest.approx(expected, abs=1e-3)
+    assert expected < 0.5
+    assert infomec(codes, parity).infoe == pytest.approx(1.0, abs=SEPARABLE)
+
+
+def test_training_protocol_of_continuous_latents() -> None:
+    latents, sources = noisy_values()
+    latents[:, 2] /= 30
+    scores = infomec(latents, sources, discrete=False, protocol="training")
+    np.testing.assert_allclose(scores.nmi, scikit_learn_nmi(latents, sources, neighbors=3), atol=1e-9)
+    # The largest range is about 11, that of the third latent a quarter of one: more than 1/50, less than 1/20.
+    assert scores.active.tolist() == [True, True, False, True]
+
+
+def test_tripod_protocol_asks_for_an_interquartile_range() -> None:
+    sources = grid(10, 2, repeats=10)
+    mostly_five = np.where(np.arange(len(sources)) % 10 == 0, sources[:, 0], 5)
+    latents = np.column_stack([sources[:, 0], mostly_five])
+    assert infomec(latents, sources).active.tolist() == [True, True]
+    assert infomec(latents, sources, protocol="tripod").active.tolist() == [True, False]
+    assert infomec(latents + 0.0, sources, False, protocol="tripod").active.tolist() == [True, False]
+    alone = infomec(latents[:, 1:], sources, protocol="tripod")
+    assert (alone.infom, alone.infoc, alone.infoe) == (0.0, 0.0, 0.0)
+    assert infomec(latents[:, 1:], sources).infoe > 0.04
+
+
+def test_explicitness_by_regression_is_the_coefficient_of_determination() -> None:
+    latents, sources = noisy_pair()
+    scores = infomec(latents, sources, explicitness="regression")
+    features = OneHotEncoder(sparse_output=False).fit_transform(latents)
+    weights = np.linalg.pinv(features) @ sources
+    residual = ((sources - features @ weights) ** 2).sum(axis=0)
+    expected = 1 - residual / ((sources - sources.mean(axis=0)) ** 2).sum(axis=0)
+    np.testing.assert_allclose(scores.infoe_of_source, expected, atol=1e-9)
+    assert scores.infoe == pytest.approx(expected.mean(), abs=1e-9)
+    assert scores.converged is True
+
+
+def test_explicitness_of_values_by_regression() -> None:
+    generator = np.random.default_rng(0)
+    sources = generator.integers(0, 10, (4000, 1))
+    noise = generator.normal(size=sources.shape)
+    scores = infomec(sources + noise, sources, discrete=False, explicitness="regression")
+    # Variance of the source over that of the latent: 99/12 and 1.
+    assert scores.infoe == pytest.approx(8.25 / 9.25, abs=0.02)
+
+
+@pytest.mark.parametrize("explicitness", ["classification", "regression"])
+def test_held_out_explicitness_of_random_latents_is_not_above_zero(explicitness: str) -> None:
+    generator = np.random.default_rng(0)
+    sources, latents = generator.integers(0, 4, (1000, 2)), generator.integers(0, 5, (1000, 5))
+    options = {"explicitness": explicitness}
+    assert infomec(latents, sources, **options).infoe > 0.01
+    assert -0.2 < infomec(latents, sources, held_out=0.5, **options).infoe < 0
+    perfect = infomec(sources, sources, held_out=0.5, **options)
+    assert perfect.infoe == pytest.approx(1.0, abs=SEPARABLE)
+
+
+def test_held_out_explicitness_is_seeded() -> None:
+    latents, sources = noisy_pair()
+    first, again, other = (infomec(latents, sources, held_out=0.3, seed=seed).infoe for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("held_out", [0.3, 0.5, 0.99])
+def test_split_keeps_a_sample_of_every_class_to_fit(held_out: float) -> None:
+    labels = np.repeat([0, 1, 2, 3], [1, 2, 10, 87])
+    fitted, scored = split(labels, held_out, seed=0)
+    assert sorted([*fitted, *scored]) == list(range(100))
+    assert np.bincount(labels[scored], minlength=4).tolist() == [int(held_out * count) for count in (1, 2, 10, 87)]
+    assert set(labels[fitted]) == {0, 1, 2, 3}
+
+
+def test_more_iterations_let_a_regression_converge() -> None:
+    latents, sources = noisy_pair()
+    few, many = (infomec(latents, sources, iterations=iterations) for iterations in (2, 1000))
+    assert (few.converged, many.converged) == (False, True)
+    assert few.infoe < many.infoe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "paper"}, "protocol must be one of standalone, training, tripod, got 'paper'"),
+        ({"explicitness": "trees"}, "explicitness must be one of classification, regression, got 'trees'"),
+        ({"held_out": 1.0}, r"held_out must be a share in \[0, 1\), got 1.0"),
+        ({"held_out": float("nan")}, "held_out must be a share"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"held_out": 0.1}, "held_out=0.1 of 4 samples in 2 classes leaves 0 to score, at least 2 are needed"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
+    codes = grid(2, 2)
+    with pytest.raises(ValueError, match=message):
+        infomec(codes, codes, **options)
