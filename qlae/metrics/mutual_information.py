@@ -1,15 +1,36 @@
 """Mutual information of each latent with each source, in nats."""
 
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.special import digamma
 from sklearn.preprocessing import StandardScaler
+
+from qlae.metrics.samples import codes_of, relabel, values_of
 
 # Sums of some ten thousand float64 terms of size one carry errors near 1e-13: less is rounding alone.
 _ROUNDING_NATS = 1e-12
 
 # Relative size of the noise that parts equal values, as in scikit-learn's `mutual_info_classif`.
 _TIE_NOISE = 1e-10
+
+
+def binned_labels(latents: np.ndarray | torch.Tensor, *, discrete: bool, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int64 [N, n_z] and their number [n_z] of codes, or of `bins` equal parts of each continuous range.
+
+    Raises:
+        ValueError: for latents that `codes_of` or `values_of` refuse; for `bins` below 2.
+    """
+    if bins < 2:
+        raise ValueError(f"bins must be at least 2, got {bins}")
+    if discrete:
+        return relabel(codes_of(latents))
+    values = values_of(latents)
+    binned = np.empty(values.shape, dtype=np.int64)
+    for latent, column in enumerate(values.T):
+        # The last edge is left out, so that the largest value falls into the last bin.
+        binned[:, latent] = np.digitize(column, np.linspace(column.min(), column.max(), bins + 1)[:-1])
+    return relabel(binned)
 
 
 def one_hot(labels: np.ndarray, sizes: np.ndarray) -> sparse.csr_array:

@@ -71,6 +71,30 @@ def relabel(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels, sizes
 
 
+def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to fit and positions to score, both of all samples where `held_out` is 0.
+
+    Each class gives floor(held_out * its size) random samples to score, so that none is missing from the fit.
+
+    Raises:
+        ValueError: if fewer than two samples are left to score.
+    """
+    if held_out == 0:
+        everything = np.arange(len(labels))
+        return everything, everything
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    to_score = rank < np.floor(held_out * counts).repeat(counts)
+    if to_score.sum() < 2:
+        raise ValueError(
+            f"held_out={held_out:g} of {len(labels)} samples in {len(counts)} classes leaves {to_score.sum()} "
+            "to score, at least 2 are needed: give more samples or a larger share"
+        )
+    return np.sort(order[~to_score]), np.sort(order[to_score])
+
+
 def _two_dimensional(values: np.ndarray | torch.Tensor, name: str, columns: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         # NumPy has no bfloat16, and float32 holds every bfloat16 exactly.

@@ -13,7 +13,6 @@ from sklearn.metrics import log_loss, mutual_info_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from qlae.metrics import infomec
-from qlae.metrics.predictive_information import split
 
 # Separable regressions stop at scikit-learn's gradient tolerance of 1e-4, a little before a log loss of 0.
 SEPARABLE = 2e-3
@@ -506,15 +505,6 @@ def test_held_out_explicitness_is_seeded() -> None:
     latents, sources = noisy_pair()
     first, again, other = (infomec(latents, sources, held_out=0.3, seed=seed).infoe for seed in (0, 0, 1))
     assert first == again != other
-
-
-@pytest.mark.parametrize("held_out", [0.3, 0.5, 0.99])
-def test_split_keeps_a_sample_of_every_class_to_fit(held_out: float) -> None:
-    labels = np.repeat([0, 1, 2, 3], [1, 2, 10, 87])
-    fitted, scored = split(labels, held_out, seed=0)
-    assert sorted([*fitted, *scored]) == list(range(100))
-    assert np.bincount(labels[scored], minlength=4).tolist() == [int(held_out * count) for count in (1, 2, 10, 87)]
-    assert set(labels[fitted]) == {0, 1, 2, 3}
 
 
 def test_more_iterations_let_a_regression_converge() -> None:
