@@ -1,5 +1,6 @@
 """Scores of representations and reconstructions."""
 
+from qlae.metrics.accumulator import ScoreAccumulator
 from qlae.metrics.all_scores import all_scores, other_scores
 from qlae.metrics.beta_vae import beta_vae
 from qlae.metrics.code_usage import code_counts, perplexity
@@ -16,6 +17,7 @@ __all__ = [
     "DCI",
     "PSNR_CAP",
     "InfoMEC",
+    "ScoreAccumulator",
     "all_scores",
     "beta_vae",
     "code_counts",

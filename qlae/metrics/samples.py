@@ -4,13 +4,30 @@ import numpy as np
 import torch
 
 
+def array_of(values: np.ndarray | torch.Tensor, name: str, columns: str) -> np.ndarray:
+    """A NumPy array of the values, which may share their memory.
+
+    Raises:
+        ValueError: unless they have two dimensions and a column; the message calls them `name` [N, `columns`].
+    """
+    if isinstance(values, torch.Tensor):
+        # NumPy has no bfloat16, and float32 holds every bfloat16 exactly.
+        values = values.detach().cpu()
+        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    else:
+        array = np.asarray(values)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [N, {columns}] with {columns} >= 1, got {list(array.shape)}")
+    return array
+
+
 def codes_of(latents: np.ndarray | torch.Tensor) -> np.ndarray:
     """Discrete latents as an integer array [N, n_z].
 
     Raises:
         ValueError: for another shape, or values that are not integers.
     """
-    array = _two_dimensional(latents, "latents", "n_z")
+    array = array_of(latents, "latents", "n_z")
     if array.dtype.kind not in "iub":
         raise ValueError(
             f"latents must be integer codes when discrete=True, got {array.dtype}: pass the quantizer's indices"
@@ -24,7 +41,7 @@ def values_of(latents: np.ndarray | torch.Tensor) -> np.ndarray:
     Raises:
         ValueError: for another shape, values that are not real numbers, or NaN or infinity among them.
     """
-    array = _two_dimensional(latents, "latents", "n_z")
+    array = array_of(latents, "latents", "n_z")
     if array.dtype.kind not in "iubf":
         raise ValueError(f"latents must be real numbers, got {array.dtype}")
     array = array.astype(np.float64)
@@ -40,7 +57,7 @@ def sources_of(sources: np.ndarray | torch.Tensor) -> np.ndarray:
     Raises:
         ValueError: for another shape, or values that are not whole numbers.
     """
-    array = _two_dimensional(sources, "sources", "n_s")
+    array = array_of(sources, "sources", "n_s")
     if array.dtype.kind in "iub":
         return array
     if array.dtype.kind != "f":
@@ -93,15 +110,3 @@ def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, n
             "to score, at least 2 are needed: give more samples or a larger share"
         )
     return np.sort(order[~to_score]), np.sort(order[to_score])
-
-
-def _two_dimensional(values: np.ndarray | torch.Tensor, name: str, columns: str) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        # NumPy has no bfloat16, and float32 holds every bfloat16 exactly.
-        values = values.detach().cpu()
-        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    else:
-        array = np.asarray(values)
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"{name} must have shape [N, {columns}] with {columns} >= 1, got {list(array.shape)}")
-    return array
