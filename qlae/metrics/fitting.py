@@ -9,9 +9,13 @@ from sklearn.exceptions import ConvergenceWarning
 
 
 def fit(model: BaseEstimator, features: sparse.csr_array | np.ndarray, labels: np.ndarray) -> bool:
-    """Fits `model` in place and returns whether it converged; any other warning passes."""
+    """Fits `model` in place and returns whether it converged.
+
+    That a source has many values for its samples is no news either; any other warning passes.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
         model.fit(features, labels)
     stopped = [entry for entry in caught if issubclass(entry.category, ConvergenceWarning)]
     for entry in caught:

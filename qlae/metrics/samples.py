@@ -83,9 +83,19 @@ def relabel(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels = np.empty(codes.shape, dtype=np.int64)
     sizes = np.empty(codes.shape[1], dtype=np.int64)
     for column in range(codes.shape[1]):
-        values, labels[:, column] = np.unique(codes[:, column], return_inverse=True)
-        sizes[column] = len(values)
+        labels[:, column], sizes[column] = _relabel_column(codes[:, column])
     return labels, sizes
+
+
+def _relabel_column(codes: np.ndarray) -> tuple[np.ndarray, int]:
+    low, high = int(codes.min()), int(codes.max())
+    if codes.dtype.kind in "iub" and high - low < 2 * len(codes) and high < 2**63:
+        # A table of the values that occur is several times faster than sorting all.
+        shifted = codes.astype(np.int64) - low
+        occurs = np.bincount(shifted) > 0
+        return (np.cumsum(occurs) - 1)[shifted], int(occurs.sum())
+    values, labels = np.unique(codes, return_inverse=True)
+    return labels, len(values)
 
 
 def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -244,6 +244,13 @@ def test_unfinished_regression_is_reported_without_a_warning() -> None:
     assert 0 < scores.infoe < 1
 
 
+def test_a_source_of_many_values_does_not_warn() -> None:
+    sources = np.arange(40)[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert infomec(sources // 2, sources).infoe > 0.5
+
+
 CODES = np.zeros((4, 2), dtype=np.int64)
 
 
