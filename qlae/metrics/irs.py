@@ -12,7 +12,7 @@ def irs(
     *,
     quantile: float = 0.99,
 ) -> float:
-    """Mean over the varying latents of their robustness for the source that suits them best, in [0, 1].
+    """Mean over the varying latents of their robustness for the source that suits them best, at most 1.
 
     A latent's robustness for a source is 1 - (mean over the source's values of the largest deviation from the
     latent's mean under that value) / (largest deviation from its mean over all). The mean over latents is weighted
@@ -21,7 +21,8 @@ def irs(
     Source: Suter et al., "Robustly Disentangled Causal Mechanisms" (ICML 2019, arXiv 1811.00007), algorithm 1, as
     computed in disentanglement_lib, which takes the 99 % quantile for the largest deviation under a value. Latents
     enter as numbers and are not rescaled, so one of large range weighs most. A value with one sample has no
-    deviation, so few samples a value flatter the score. Constant latents and sources take no part; without a
+    deviation, so few samples a value flatter the score. Random codes score about 0, or a little below, where the
+    means of the values lie off the mean over all. Constant latents and sources take no part; without a
     varying one of each the score is 0.
 
     Args:

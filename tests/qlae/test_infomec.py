@@ -194,6 +194,20 @@ def test_infoe_agrees_with_the_literal_definition() -> None:
     assert scores.infoe == pytest.approx(literal_infoe(latents, sources), abs=1e-6)
 
 
+def test_infom_and_infoc_agree_with_the_published_formulas() -> None:
+    latents, sources = noisy_pair()
+    rows = []
+    for source in sources.T:
+        entropy = mutual_info_score(source, source)
+        rows.append([mutual_info_score(source, latent) / entropy for latent in latents.T])
+    nmi = np.array(rows)
+    scores = infomec(latents, sources)
+    modularity = (np.mean(nmi.max(axis=0) / nmi.sum(axis=0)) - 1 / 3) / (1 - 1 / 3)
+    compactness = (np.mean(nmi.max(axis=1) / nmi.sum(axis=1)) - 1 / 5) / (1 - 1 / 5)
+    assert scores.infom == pytest.approx(modularity, abs=1e-9)
+    assert scores.infoc == pytest.approx(compactness, abs=1e-9)
+
+
 def test_order_of_latents_sources_and_samples_does_not_matter() -> None:
     latents, sources = noisy_pair()
     scores = infomec(latents, sources)
