@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` need not wait for
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from qlae.data import Dataset
     from qlae.evaluation import Evaluation
     from qlae.methods import Method
+    from qlae.metrics import InfoMEC
     from qlae.training import Outcome
 
 DESCRIPTION = "Quantized-latent autoencoders: train them, score them, look at them."
@@ -77,6 +79,28 @@ class Traverse:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """Score latents against sources, by InfoMEC and the other scores of the field; a picture shows who tells what."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """An .npz file with arrays `latents` [N, n_z] and `sources` [N, n_s], from any framework."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON instead of a table."""
+    continuous: FlagCreatePairsOff[bool] = False
+    """The latents are real numbers, not codes."""
+    protocol: Annotated[str, arg(metavar="{standalone,training,tripod}")] = "standalone"
+    """Which published variant of InfoMEC to compute."""
+    explicitness: Annotated[str, arg(metavar="{classification,regression}")] = "classification"
+    """Whether InfoE predicts classes or values of the sources."""
+    held_out: float = 0.0
+    """Share of the samples that InfoE is scored on and not fitted to; 0, as published, scores what was fitted."""
+    seed: int = 0
+    """Seed of all draws."""
+    output: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint=without("FILE-nmi.png beside FILE"))] = None
+    """Picture to write."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Say which data sets there are, and which files they need."""
 
@@ -115,6 +139,7 @@ def _parse(arguments: list[str]) -> object:
         Annotated[Train, subcommand("train", default=defaults)]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Traverse, subcommand("traverse")]
+        | Annotated[Metrics, subcommand("metrics")]
         | Annotated[Data, subcommand("data")]
         | Annotated[Info, subcommand("info")]
     )
@@ -143,6 +168,8 @@ def _run(command: object) -> int:
             return _evaluate(command)
         case Traverse():
             return _traverse(command)
+        case Metrics():
+            return _metrics(command)
         case Data():
             return _data(command)
         case _:
@@ -239,6 +266,51 @@ def _evaluated(path: Path, device: str) -> "tuple[Dataset, Method, Evaluation]":
     dataset, method = load_model(run, config, choose_device(device))
     _, index = held_out_split(len(dataset))
     return dataset, method, evaluate(method, dataset, index)
+
+
+def _metrics(command: Metrics) -> int:
+    from qlae.metrics.codes_file import read_codes
+    from qlae.metrics.report import score_codes
+
+    latents, sources = read_codes(command.file)
+    if latents.dtype.kind == "f" and not command.continuous:
+        raise UserError(
+            f"{command.file}: latents are {latents.dtype}, not codes: give --continuous, or write integer indices"
+        )
+    try:
+        report = score_codes(
+            latents,
+            sources,
+            not command.continuous,
+            protocol=command.protocol,
+            explicitness=command.explicitness,
+            held_out=command.held_out,
+            seed=command.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"{command.file}: {error}") from error
+    # Before the picture, so that a full disk costs no score.
+    print(report.json() if command.json else report.table(), flush=True)
+    path = command.output or command.file.with_name(f"{command.file.stem}-nmi.png")
+    _write_nmi(report.infomec, path)
+    if not command.json:
+        print(f"figure  {path}")
+    return 0
+
+
+def _write_nmi(scores: "InfoMEC", path: Path) -> None:
+    """Writes the whole picture or nothing."""
+    from qlae.figures import plot_nmi
+
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_nmi(scores, [f"source {number}" for number in range(len(scores.nmi))], temporary)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
 
 
 def _data(command: Data) -> int:

@@ -3,21 +3,27 @@
 The definitions follow Hsu et al., "Disentanglement via Latent Quantization" (arXiv 2305.18378), section 4.
 """
 
-import math
-import warnings
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 
-# Sums of some ten thousand float64 terms of size one carry errors near 1e-13: less is rounding alone.
-_ROUNDING_NATS = 1e-12
+from qlae.metrics.mutual_information import (
+    continuous_information,
+    discrete_information,
+    normalised,
+    one_hot,
+    standardise,
+)
+from qlae.metrics.predictive_information import Features, classification_information, regression_information
+from qlae.metrics.samples import check_lengths, codes_of, relabel, sources_of, values_of
 
-_REGRESSION_ITERATIONS = 100
+Protocol = Literal["standalone", "training", "tripod"]
+Explicitness = Literal["classification", "regression"]
+
+# k of the nearest-neighbour estimator, by protocol; 3 is scikit-learn's default.
+NEIGHBORS: dict[Protocol, int] = {"standalone": 10, "training": 3, "tripod": 10}
 
 
 @dataclass(frozen=True)
@@ -27,25 +33,40 @@ class InfoMEC:
     Attributes:
         infom: modularity; 1 when every active latent informs about one source only.
         infoc: compactness; 1 when every source is told by one active latent only.
-        infoe: explicitness; 1 when a linear classifier reads every source off the latents without error.
-            In-sample, so latents without information score slightly above 0.
-        nmi: float64 [n_s, n_z], I(source; latent) / H(source), in [0, 1].
-        active: bool [n_z], latents that take more than one value. The scores use these alone.
+        infoe: explicitness; 1 when a linear model reads every source off the latents without error.
+            In-sample unless `held_out` is given, so latents without information score slightly above 0.
+        infoe_of_source: float64 [n_s], what `infoe` is the mean of; 0 for a constant source.
+        nmi: float64 [n_s, n_z], I(source; latent) / H(source). In [0, 1] for discrete latents; the estimator
+            for continuous ones may pass 1 a little, by about (classes - 1) / (2 N H(source)) where a latent
+            tells all.
+        active: bool [n_z], the latents that InfoM and InfoC use, by the protocol's rule.
         varying: bool [n_s], sources that take more than one value. The scores use these alone.
-        converged: whether every regression behind `infoe` converged within its 100 iterations. If not,
-            more iterations would give a higher `infoe`; the protocol is to report it as it is.
+        converged: whether every logistic regression behind `infoe` converged within its iterations. If not, more
+            iterations would give a higher in-sample `infoe`; the published protocols report it as it is.
     """
 
     infom: float
     infoc: float
     infoe: float
+    infoe_of_source: np.ndarray
     nmi: np.ndarray
     active: np.ndarray
     varying: np.ndarray
     converged: bool
 
 
-def infomec(latents: np.ndarray | torch.Tensor, sources: np.ndarray | torch.Tensor, discrete: bool = True) -> InfoMEC:
+def infomec(
+    latents: np.ndarray | torch.Tensor,  # [N, n_z]
+    sources: np.ndarray | torch.Tensor,  # [N, n_s]
+    discrete: bool = True,
+    *,
+    protocol: Protocol = "standalone",
+    neighbors: int | None = None,
+    explicitness: Explicitness = "classification",
+    held_out: float = 0.0,
+    iterations: int = 100,
+    seed: int = 0,
+) -> InfoMEC:
     """Scores how modular, compact and explicit latents are about the sources that made the data.
 
     With NMI[i, j] = I(source i; latent j) / H(source i) over the active latents and the varying sources:
@@ -53,8 +74,26 @@ def infomec(latents: np.ndarray | torch.Tensor, sources: np.ndarray | torch.Tens
     - InfoM = mean over latents of (max / sum of NMI over sources - 1/n_s) / (1 - 1/n_s)
     - InfoC = mean over sources of (max / sum of NMI over latents - 1/n_a) / (1 - 1/n_a), n_a active latents
     - InfoE = mean over sources of (H_null - H_pred) / H_null, where H_pred is the log loss of an unpenalised
-      multinomial logistic regression from the one-hot codes (balanced classes, lbfgs, 100 iterations) and
-      H_null that of the same regression from zeros, which is the log of the number of classes.
+      multinomial logistic regression from the latents (balanced classes, lbfgs, 100 iterations) and H_null
+      that of the same regression from zeros, which is the log of the number of classes.
+      With `explicitness="regression"`: the mean R^2 of linear regressions of the sources' values.
+
+    Discrete latents enter I by their frequencies (plug-in), continuous ones by the estimator of Ross (PLoS ONE
+    2014) from nearest neighbours. InfoE sees every latent that varies, active or not.
+
+    The protocols, each as the named code computes it:
+
+    - `standalone`, of the reference's file for use elsewhere (latent_quantization, disentangle/metrics/infomec.py).
+      Active: discrete latents that take more than one value, continuous ones whose range is more than 1/20 of
+      the largest. k = 10. InfoE from one-hot codes, or from standardised values if continuous.
+    - `training`, of what the reference's training scripts log (mutual_information.py and explicitness.py there).
+      Active: range more than 1/8 of the largest, codes taken as numbers. k = 3. An active latent that informs
+      about no source is left out of InfoM. InfoE from standardised values, discrete or not: the quantized values
+      there; here the codes stand for them, which is the same as long as a codebook's values are evenly spaced.
+    - `tripod`, of the follow-up (Hsu et al. 2024; tripod, disentangle/metrics/infomec.py). Active: continuous
+      latents whose interquartile range is more than 1/10 of the largest, discrete ones where that of the
+      quantized values, which span [-1, 1] there, is more than 0.1. Here: more than 1/20 of the span of all codes.
+      InfoE is 0 where no latent is active. The rest as `standalone`.
 
     Where a formula has no value, these are given, so that no score is ever NaN:
 
@@ -64,169 +103,122 @@ def infomec(latents: np.ndarray | torch.Tensor, sources: np.ndarray | torch.Tens
     - With one varying source, an informative latent counts as 1 in InfoM; with one active latent, a source
       that it tells counts as 1 in InfoC. That is the formulas' value with one more source or latent that has
       no part in the information. It holds trivially, so read it together with `active` and `nmi`.
-    - No active latent, or no varying source: all three scores are 0.
+    - No active latent: InfoM and InfoC are 0. No varying latent or no varying source: all three are 0.
 
-    InfoE can fall below 0 on uneven classes, since the regression balances them and the log loss does not.
+    InfoE can fall below 0: on uneven classes, since the regression balances them and the log loss does not, and
+    held out, where an unpenalised regression can be sure of what is wrong.
 
     Args:
         latents: integer codes [N, n_z] of any values, since each column is relabelled; indices, not the
-            quantized values.
+            quantized values. `training` and `tripod` take codes as evenly spaced numbers in the order of the values.
+            With `discrete=False` finite real numbers [N, n_z].
         sources: integers [N, n_s], of any values. Floats are taken where all are whole numbers.
-        discrete: True for codes. Continuous latents are not there yet.
+        discrete: True for codes, False for continuous latents.
+        protocol: one of the above.
+        neighbors: k of the estimator for continuous latents; the protocol's by default.
+        explicitness: what InfoE predicts, classes or values of the sources. Published scores are of classes.
+        held_out: share of each class of a source that InfoE is scored on and not fitted to; 0, as published,
+            scores the samples that were fitted.
+        iterations: most iterations of each logistic regression.
+        seed: of the noise of 1e-10 that parts equal values of continuous latents, and of the split.
 
     Raises:
         ValueError: for arrays that are not two-dimensional, without columns, of different lengths or with
-            fewer than two samples; for codes or sources that are not integers; for `discrete=False`.
+            fewer than two samples; for codes or sources that are not integers; for continuous latents that are
+            not finite; for options out of range; for too few samples to hold out.
     """
-    if not discrete:
-        raise ValueError("infomec scores discrete latents only so far: pass integer codes [N, n_z] with discrete=True")
-    latent_codes = _latent_codes(latents)
-    source_codes = _source_codes(sources)
-    if len(latent_codes) != len(source_codes):
-        raise ValueError(
-            f"latents and sources must have the same length, got {len(latent_codes)} and {len(source_codes)} rows"
-        )
-    if len(latent_codes) < 2:
-        raise ValueError(f"infomec needs at least 2 samples, got {len(latent_codes)}")
+    _check_options(protocol, neighbors, explicitness, held_out, iterations)
+    latent_array = codes_of(latents) if discrete else values_of(latents)
+    source_array = sources_of(sources)
+    check_lengths(latent_array, source_array, score="infomec")
 
-    latent_labels, latent_sizes = _relabel(latent_codes)
-    source_labels, source_sizes = _relabel(source_codes)
-    active = latent_sizes > 1
+    source_labels, source_sizes = relabel(source_array)
     varying = source_sizes > 1
-    nmi = _discrete_nmi(latent_labels, latent_sizes, source_labels, source_sizes)
+    if discrete:
+        information = discrete_information(*relabel(latent_array), source_labels, source_sizes)
+    else:
+        information = continuous_information(
+            latent_array, source_labels, source_sizes, neighbors=neighbors or NEIGHBORS[protocol], seed=seed
+        )
+    nmi = normalised(information, source_labels, source_sizes)
+    nmi = np.minimum(nmi, 1.0) if discrete else nmi
+    active = active_latents(latent_array, discrete=discrete, protocol=protocol)
     scored = nmi[varying][:, active]
-    features = _one_hot(latent_labels[:, active], latent_sizes[active])
-    explicitness, converged = _explicitness(features, source_labels[:, varying], source_sizes[varying])
+    features = _features(latent_array, as_codes=discrete and protocol != "training")
+    told, converged = np.zeros(len(varying)), np.ones(len(varying), dtype=bool)
+    readable = features.shape[1] > 0 and (protocol != "tripod" or active.any())
+    for source in np.flatnonzero(varying & readable):
+        labels = source_labels[:, source]
+        if explicitness == "regression":
+            told[source] = regression_information(
+                features, source_array[:, source], labels, held_out=held_out, seed=seed
+            )
+        else:
+            told[source], converged[source] = classification_information(
+                features, labels, source_sizes[source], held_out=held_out, iterations=iterations, seed=seed
+            )
     return InfoMEC(
-        infom=_concentration(scored.T),
-        infoc=_concentration(scored),
-        infoe=explicitness,
+        infom=concentration(scored.T, leave_out_empty=protocol == "training"),
+        infoc=concentration(scored),
+        infoe=float(told[varying].mean()) if varying.any() else 0.0,
+        infoe_of_source=told,
         nmi=nmi,
         active=active,
         varying=varying,
-        converged=converged,
+        converged=bool(converged.all()),
     )
 
 
-def _latent_codes(latents: np.ndarray | torch.Tensor) -> np.ndarray:
-    array = _two_dimensional(latents, "latents", "n_z")
-    if array.dtype.kind not in "iub":
-        raise ValueError(
-            f"latents must be integer codes when discrete=True, got {array.dtype}: pass the quantizer's indices"
-        )
-    return array
+def active_latents(latents: np.ndarray, *, discrete: bool, protocol: Protocol) -> np.ndarray:
+    """Which latents [N, n_z] count in InfoM and InfoC, bool [n_z]; the rules are those of `infomec`."""
+    # Integers of any size differ without overflow as floats.
+    values = latents.astype(np.float64)
+    ranges = np.ptp(values, axis=0)
+    match protocol:
+        case "standalone" if discrete:
+            return (latents != latents[0]).any(axis=0)
+        case "standalone":
+            return ranges > ranges.max() / 20
+        case "training":
+            return ranges > ranges.max() / 8
+        case "tripod":
+            lower, upper = np.quantile(values, [0.25, 0.75], axis=0)
+            middle = upper - lower
+            return middle > (np.ptp(values) / 20 if discrete else middle.max() / 10)
 
 
-def _source_codes(sources: np.ndarray | torch.Tensor) -> np.ndarray:
-    array = _two_dimensional(sources, "sources", "n_s")
-    if array.dtype.kind in "iub":
-        return array
-    if array.dtype.kind != "f":
-        raise ValueError(f"sources must be integers, got {array.dtype}: number each factor's values from 0")
-    if not np.isfinite(array).all() or (array != np.rint(array)).any():
-        raise ValueError(
-            f"sources must be whole numbers, got {array.dtype} with others among them: "
-            "number each factor's values from 0"
-        )
-    return array
+def concentration(nmi: np.ndarray, *, leave_out_empty: bool = False) -> float:
+    """Mean over rows of (max / sum - 1/n) / (1 - 1/n), n columns; the values of `infomec` where that has none.
 
-
-def _two_dimensional(values: np.ndarray | torch.Tensor, name: str, columns: str) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        # NumPy has no bfloat16, and float32 holds every bfloat16 exactly.
-        values = values.detach().cpu()
-        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    else:
-        array = np.asarray(values)
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"{name} must have shape [N, {columns}] with {columns} >= 1, got {list(array.shape)}")
-    return array
-
-
-def _relabel(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers each column's distinct values from 0: labels int64 [N, n] and their number int64 [n]."""
-    labels = np.empty(codes.shape, dtype=np.int64)
-    sizes = np.empty(codes.shape[1], dtype=np.int64)
-    for column in range(codes.shape[1]):
-        values, labels[:, column] = np.unique(codes[:, column], return_inverse=True)
-        sizes[column] = len(values)
-    return labels, sizes
-
-
-def _one_hot(labels: np.ndarray, sizes: np.ndarray) -> sparse.csr_array:
-    """One-hot codes of all columns side by side, float64 [N, sum of sizes]."""
-    samples, columns = labels.shape
-    positions = labels + (np.cumsum(sizes) - sizes)
-    row_starts = columns * np.arange(samples + 1)
-    entries = (np.ones(positions.size), positions.ravel(), row_starts)
-    return sparse.csr_array(entries, shape=(samples, int(sizes.sum())))
-
-
-def _discrete_nmi(
-    latent_labels: np.ndarray, latent_sizes: np.ndarray, source_labels: np.ndarray, source_sizes: np.ndarray
-) -> np.ndarray:
-    """Plug-in I(source; latent) / H(source), float64 [n_s, n_z]; 0 for a constant source."""
-    samples = len(latent_labels)
-    latents = _one_hot(latent_labels, latent_sizes)
-    sources = _one_hot(source_labels, source_sizes)
-    # One product gives the contingency tables of all pairs, as blocks.
-    joint = (sources.T @ latents).tocoo()
-    row, column = joint.row, joint.col
-    source_counts = sources.sum(axis=0)
-    latent_counts = latents.sum(axis=0)
-    independent = source_counts[row] * latent_counts[column] / samples
-    terms = (joint.data / samples) * np.log(joint.data / independent)
-    source_of_row = np.repeat(np.arange(len(source_sizes)), source_sizes)
-    latent_of_column = np.repeat(np.arange(len(latent_sizes)), latent_sizes)
-    pair = source_of_row[row] * len(latent_sizes) + latent_of_column[column]
-    information = np.bincount(pair, weights=terms, minlength=len(source_sizes) * len(latent_sizes))
-    information = information.reshape(len(source_sizes), len(latent_sizes))
-    information[information < _ROUNDING_NATS] = 0.0
-
-    frequencies = source_counts / samples
-    entropy = np.bincount(source_of_row, weights=-frequencies * np.log(frequencies))[:, None]
-    # Where the entropy is 0 the information is 0 too.
-    return np.minimum(information / np.where(source_sizes[:, None] > 1, entropy, 1.0), 1.0)
-
-
-def _concentration(nmi: np.ndarray) -> float:
-    """Mean over rows of (max / sum - 1/n) / (1 - 1/n), with the values of `infomec` where that has none."""
+    A row of zeros counts as 0, or not at all with `leave_out_empty`.
+    """
     rows, columns = nmi.shape
-    if rows == 0 or columns == 0:
-        return 0.0
     total = nmi.sum(axis=1)
     informative = total > 0
+    if not informative.any():
+        return 0.0
     share = nmi.max(axis=1)[informative] / total[informative]
     if columns > 1:
         share = (share - 1 / columns) / (1 - 1 / columns)
-    return float(share.sum() / rows)
+    return float(share.sum() / (informative.sum() if leave_out_empty else rows))
 
 
-def _explicitness(
-    features: sparse.csr_array, source_labels: np.ndarray, source_sizes: np.ndarray
-) -> tuple[float, bool]:
-    """InfoE from features [N, F] about varying sources [N, n_s], and whether every regression converged."""
-    if features.shape[1] == 0 or source_labels.shape[1] == 0:
-        return 0.0, True
-    scores = []
-    all_converged = True
-    for labels, size in zip(source_labels.T, source_sizes, strict=True):
-        predicted_entropy, converged = _regression_log_loss(features, labels)
-        # The balanced regression from zeros predicts every class evenly.
-        null_entropy = math.log(size)
-        scores.append((null_entropy - predicted_entropy) / null_entropy)
-        all_converged = all_converged and converged
-    return float(np.mean(scores)), all_converged
+def _check_options(protocol: str, neighbors: int | None, explicitness: str, held_out: float, iterations: int) -> None:
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
+    if explicitness not in get_args(Explicitness):
+        raise ValueError(f"explicitness must be one of {', '.join(get_args(Explicitness))}, got {explicitness!r}")
+    if neighbors is not None and neighbors < 1:
+        raise ValueError(f"neighbors must be at least 1, got {neighbors}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be a share in [0, 1), got {held_out}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
 
 
-def _regression_log_loss(features: sparse.csr_array, labels: np.ndarray) -> tuple[float, bool]:
-    """In-sample log loss of the balanced, unpenalised logistic regression, and whether it converged."""
-    regression = LogisticRegression(C=np.inf, class_weight="balanced", solver="lbfgs", max_iter=_REGRESSION_ITERATIONS)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        regression.fit(features, labels)
-    stopped = [entry for entry in caught if issubclass(entry.category, ConvergenceWarning)]
-    for entry in caught:
-        if entry not in stopped:
-            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
-    return float(log_loss(labels, regression.predict_proba(features))), not stopped
+def _features(latents: np.ndarray, *, as_codes: bool) -> Features:
+    """What the regressions see of the latents that vary: one-hot codes, or standardised values."""
+    varying = latents[:, (latents != latents[0]).any(axis=0)]
+    if as_codes:
+        return one_hot(*relabel(varying))
+    return standardise(varying.astype(np.float64)) if varying.size else np.empty((len(latents), 0))

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -12,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qlae import training
+from qlae import figures, training
 from qlae.checkpoint import STATE, WEIGHTS
 from qlae.cli import main
 from qlae.config import TrainConfig, option
+from qlae.metrics import infomec
 from qlae.training import Trainer
 
 QUICK = ["--data", "tiny", "--steps", "6", "--evaluation-every", "3", "--batch-size", "8", "--device", "cpu"]
@@ -157,7 +159,7 @@ def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytes
     assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "traverse", "info", "data"])
+@pytest.mark.parametrize("command", ["evaluate", "traverse", "metrics", "info", "data"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert f"usage: qlae {command}" in help_of(capsys, command)
 
@@ -328,3 +330,93 @@ def test_a_run_whose_images_have_changed_does_not_go_on(images: Path, capsys: py
     assert "restore the images" in refused(capsys, "train", "--resume", "run", "--steps", "6")
     first.write_bytes(before)
     assert main(["evaluate", "run"]) == 0
+
+
+@pytest.fixture
+def codes(here: Path) -> Path:
+    """Codes that tell two sources, one of them badly."""
+    generator = np.random.default_rng(0)
+    sources = generator.integers(0, (4, 3), (200, 2))
+    latents = np.where(generator.random((200, 3)) < 0.7, sources[:, [0, 1, 0]], 0)
+    np.savez(here / "codes.npz", latents=latents, sources=sources)
+    return here / "codes.npz"
+
+
+def test_metrics_prints_all_scores_and_writes_a_picture(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["metrics", "codes.npz", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["samples"] == 200 and scores["active"] == [True] * 3 and len(scores["nmi"][0]) == 3
+    Path("codes-nmi.png").unlink()
+    assert main(["metrics", "codes.npz"]) == 0
+    table = capsys.readouterr().out
+    for name in ("infom", "infoc", "infoe", "dci_disentanglement", "mig", "sap", "factor_vae", "beta_vae", "irs"):
+        assert any(line.split()[:2] == [name, f"{scores[name]:.3f}"] for line in table.splitlines()), name
+    assert table.endswith("figure  codes-nmi.png\n")
+    with Image.open("codes-nmi.png") as picture:
+        assert picture.width > 100
+
+
+def test_metrics_takes_its_options(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--continuous", "--protocol", "training", "--explicitness", "regression", "--held-out", "0.3"]
+    assert main(["metrics", "codes.npz", "--json", "--output", "new/picture.png", *options]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["protocol"] == "training"
+    assert list(Path("new").iterdir()) == [Path("new/picture.png")]
+    with np.load(codes) as arrays:
+        latents, sources = arrays["latents"], arrays["sources"]
+    settings = {"protocol": "training", "explicitness": "regression", "held_out": 0.3}
+    expected = infomec(latents, sources, discrete=False, **settings)
+    assert (scores["infom"], scores["infoe"]) == (expected.infom, expected.infoe)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ({"latents": np.zeros(5, int)}, [], "codes.npz: latents must have shape [N, n_z]"),
+        ({"latents": np.zeros((5, 2), int)}, [], "codes.npz: latents and sources must have the same length"),
+        ({"latents": np.zeros((200, 2))}, [], "codes.npz: latents are float64, not codes: give --continuous"),
+        ({"latents": np.full((200, 2), np.nan)}, ["--continuous"], "codes.npz: latents must be finite, got NaN"),
+        ({"sources": np.full((200, 2), 0.5)}, [], "codes.npz: sources must be whole numbers"),
+        ({"sources": np.arange(400).reshape(200, 2)}, [], "codes.npz: held_out=0.1 of 200 samples in 200 classes"),
+        ({}, ["--protocol", "paper"], "protocol must be one of standalone, training, tripod, got 'paper'"),
+        ({}, ["--held-out", "2"], "held_out must be a share in [0, 1), got 2.0"),
+    ],
+)
+def test_metrics_refuses_bad_input_in_one_line(
+    codes: Path,
+    capsys: pytest.CaptureFixture[str],
+    arrays: dict[str, np.ndarray],
+    options: list[str],
+    message: str,
+) -> None:
+    with np.load(codes) as saved:
+        np.savez(codes, **(dict(saved) | arrays))
+    assert message in refused(capsys, "metrics", "codes.npz", *options)
+    assert os.listdir() == ["codes.npz"]
+
+
+def test_metrics_refuses_a_foreign_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "codes.npz").write_text("latents")
+    assert "codes.npz is not an .npz file" in refused(capsys, "metrics", "codes.npz")
+
+
+def test_metrics_prints_its_scores_before_a_picture_that_cannot_be_written(
+    codes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("file").write_text("")
+    assert main(["metrics", "codes.npz", "--json", "--output", "file/picture.png"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["samples"] == 200
+    assert "cannot write file/picture.png" in captured.err and captured.err.count("\n") == 1
+    Path("codes-nmi.png").write_bytes(b"older")
+
+    def full(scores: object, names: list[str], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figures, "plot_nmi", full)
+    assert main(["metrics", "codes.npz"]) == 2
+    captured = capsys.readouterr()
+    assert "infom" in captured.out and "No space left on device" in captured.err
+    assert Path("codes-nmi.png").read_bytes() == b"older"
+    assert sorted(os.listdir()) == ["codes-nmi.png", "codes.npz", "file"]

@@ -1,0 +1,24 @@
+"""Fitting scikit-learn's models without warnings on the way."""
+
+import warnings
+
+import numpy as np
+from scipy import sparse
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+
+
+def fit(model: BaseEstimator, features: sparse.csr_array | np.ndarray, labels: np.ndarray) -> bool:
+    """Fits `model` in place and returns whether it converged.
+
+    That a source has many values for its samples is no news either; any other warning passes.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
+        model.fit(features, labels)
+    stopped = [entry for entry in caught if issubclass(entry.category, ConvergenceWarning)]
+    for entry in caught:
+        if entry not in stopped:
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+    return not stopped
