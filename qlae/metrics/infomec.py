@@ -118,7 +118,7 @@ def infomec(
         features = one_hot(latent_labels[:, active], latent_sizes[active])
     else:
         ranges = np.ptp(latent_array, axis=0)
-        active = ranges > _ACTIVE_RANGE * ranges.max()
+        active = active_latents(latent_array, discrete=False)
         information = continuous_information(latent_array, source_labels, source_sizes, neighbors=neighbors, seed=seed)
         features = standardise(latent_array)[:, ranges > 0]
     varying = source_sizes > 1
@@ -134,6 +134,21 @@ def infomec(
         varying=varying,
         converged=converged,
     )
+
+
+def active_latents(
+    latents: np.ndarray | torch.Tensor,  # [N, n_z]
+    discrete: bool = True,
+) -> np.ndarray:  # [n_z]
+    """Which latents vary, bool [n_z]: `InfoMEC.active`, which needs no sources.
+
+    Raises:
+        ValueError: for latents that `infomec` would refuse.
+    """
+    if discrete:
+        return np.ptp(codes_of(latents), axis=0) > 0
+    ranges = np.ptp(values_of(latents), axis=0)
+    return ranges > _ACTIVE_RANGE * ranges.max()
 
 
 def _concentration(nmi: np.ndarray) -> float:
