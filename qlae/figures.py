@@ -48,7 +48,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "loss",
         {"train_critic_loss": "critic", "train_generator_loss": "generator"},
     ),
-    ("Critic's gap, an estimate of the Wasserstein distance", "value", {"train_critic_gap": "real less generated"}),
+    ("Critic's gap (Wasserstein estimate)", "value", {"train_critic_gap": "real less generated"}),
     ("Gradient penalty", "loss", {"train_gradient_penalty": "training"}),
     ("Drawn and inferred latents' difference", "loss", {"train_latent": "training"}),
     (
@@ -180,6 +180,8 @@ def plot_traversals(
     _write(axes, title if width > 6 else title.split(",")[0], MARGIN, 0.2, size=TEXT, ha="left", va="center")
     axes.add_patch(_frame(MARGIN, 0.36, 0.13, 0.13))
     own = "code; numbers are code values" if discrete else "value; the others are quantiles from 1 % to 99 %"
+    if strips[0].values.dtype.kind != "f":
+        own = "code; numbers are codes"
     _write(axes, f"the base image's own {own}", 0.36, 0.43, ha="left", va="center")
     for latent, strip in enumerate(strips):
         top = head + latent * row_height

@@ -41,7 +41,6 @@ PROGRESS = {
     "loss": "loss {:.4f}",
     "psnr": "PSNR {:.1f} dB",
     "critic_gap": "critic's gap {:.3f}",
-    "generator_loss": "generator's loss {:.3f}",
 }
 # what a time limit leaves for the figures and, before the first one was timed, for an evaluation
 FIGURE_SECONDS = 15.0
