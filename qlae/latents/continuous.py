@@ -71,5 +71,5 @@ class UniformLatent(ContinuousLatent, SampledLatent):
 
     def sample(self, images: int, generator: torch.Generator | None = None) -> Tensor:
         low, high = self.range
-        uniform = torch.rand(images, self.num_latents, generator=generator, device=self.range.device)
-        return low + (high - low) * uniform
+        like = {"dtype": low.dtype, "device": low.device}
+        return low + (high - low) * torch.rand(images, self.num_latents, generator=generator, **like)
