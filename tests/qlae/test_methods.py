@@ -1,4 +1,6 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +207,18 @@ def test_an_option_without_a_value_has_the_methods_own() -> None:
 def test_an_option_of_another_method_is_refused(method: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(TrainConfig(method=method, num_latents=6, **changes))
+
+
+def test_the_documents_table_has_every_method_with_its_options() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    table = text[text.index("| METHOD | latents |") : text.index("Quantization is a weight")]
+    found = {}
+    for line in table.splitlines()[2:]:
+        cells = re.split(r"(?<!\\)\|", line)
+        if len(cells) > 4:
+            options = re.findall(r"`--(\S+) (\S+)`", cells[4])
+            found[cells[1].strip(" `")] = {name.replace("-", "_"): value for name, value in options}
+    expected = {
+        name: {option: str(value) for option, value in method.options.items()} for name, method in METHODS.items()
+    }
+    assert found == expected

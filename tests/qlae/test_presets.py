@@ -12,7 +12,7 @@ from qlae.presets import PRESETS, preset
 DATA = ("rooms3d", "shapes3d", "mpi3d_toy", "mpi3d_complex", "falcor3d", "isaac3d", "some/folder")
 
 
-@pytest.mark.parametrize(("name", "method", "data"), product(PRESETS, METHODS, DATA))
+@pytest.mark.parametrize(("name", "method", "data"), list(product(PRESETS, METHODS, DATA)))
 def test_presets_can_be_run(name: str, method: str, data: str) -> None:
     config = preset(name, method, data)
     assert (config.method, config.data) == (method, data)
