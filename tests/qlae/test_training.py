@@ -306,6 +306,15 @@ def test_a_loss_that_diverges_stops_with_its_step_and_the_last_good_checkpoint(
     assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].startswith("8,")
 
 
+def test_a_gan_that_diverges_names_the_loss(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator's parameters break after its first step, so the critic sees them in the next."""
+    do_before_step(monkeypatch, 5, lambda trainer: trainer.method.decoder.bias.data.fill_(math.nan))
+    with pytest.raises(DivergedError, match="the critic loss became nan in step 6"):
+        quiet(replace(tiny_config, method="infowgan-gp"), tmp_path / "run")
+
+
 def test_an_interrupted_run_that_has_diverged_is_not_saved(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
