@@ -16,7 +16,7 @@ def make_method(network: str, size: int, backend: str) -> tuple[Method, Tensor]:
     """A newly initialised method and one batch, the same for every backend."""
     torch.manual_seed(0)
     method = build_method(TrainConfig(network=network, num_latents=12), (3, size, size))
-    method.quantizer.backend = backend
+    method.latent.quantizer.backend = backend
     return method, torch.rand(BATCH, 3, size, size)
 
 

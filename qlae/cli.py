@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from qlae.config import TrainConfig, differences, option, preset, without
+from qlae.config import TrainConfig, differences, option, without
 from qlae.errors import UserError
+from qlae.presets import preset
 from qlae.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ DeviceOption = Annotated[str, arg(metavar="{auto,cpu,cuda}")]
 class Train:
     """Train a model; configuration, metrics, checkpoint and figures go into a run folder.
 
-    Without options: a quantized-latent autoencoder on rooms3d, minutes on two CPU cores.
+    Without options: a quantized-latent autoencoder on rooms3d, minutes on two CPU cores. docs/methods.md has all
+    methods.
     """
 
     config: OmitArgPrefixes[TrainConfig]
     preset: Annotated[str, arg(metavar="{default,paper}")] = "default"
-    """Values for all options that are not given: `default`, or `paper` for those of the publication. This help shows
-    those of the preset that is given with it."""
+    """Values for all options that are not given: `default`, or `paper` for those of the publication. They depend on
+    the method and the data; this help shows those of the preset, method and data that are given with it."""
     output: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("runs/DATA-METHOD-seedN"))] = None
     """The new run's folder."""
     resume: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("a new run"))] = None
@@ -63,7 +65,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Traverse:
-    """Draw one held-out image with each latent in turn set to each of its codes."""
+    """Draw one held-out image with each latent in turn set to each of its codes, or moved through its range."""
 
     run: RunArgument
     """Folder that `qlae train` wrote."""
@@ -134,7 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> object:
-    defaults = _train_defaults(arguments)
+    if arguments[:1] != ["train"]:
+        return _parse_with(Train(TrainConfig()), arguments)
+    # what is asked for decides the values of all that is not given
+    asked = _parse_with(Train(TrainConfig()), [each for each in arguments if each not in ("-h", "--help")])
+    return _parse_with(_train_defaults(asked), arguments)
+
+
+def _parse_with(defaults: "Train", arguments: list[str]) -> object:
     commands = (
         Annotated[Train, subcommand("train", default=defaults)]
         | Annotated[Evaluate, subcommand("evaluate")]
@@ -146,18 +155,11 @@ def _parse(arguments: list[str]) -> object:
     return tyro.cli(commands, prog="qlae", description=DESCRIPTION, args=arguments)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    preset: str = "default"
-    resume: Path | None = None
-
-
-def _train_defaults(arguments: list[str]) -> Train:
-    """Takes the options of `train` from the preset, or from the run that goes on."""
-    origin, _ = tyro.cli(_Origin, args=arguments, return_unknown_args=True, add_help=False)
-    if origin.resume is None:
-        return Train(preset(origin.preset), preset=origin.preset)
-    return Train(RunFolder.open(origin.resume)[1], preset=origin.preset)
+def _train_defaults(asked: "Train") -> "Train":
+    """The options of `train` from the preset for method and data, or from the run that goes on."""
+    if asked.resume is None:
+        return Train(preset(asked.preset, asked.config.method, asked.config.data), preset=asked.preset)
+    return Train(RunFolder.open(asked.resume)[1], preset=asked.preset)
 
 
 def _run(command: object) -> int:
@@ -244,12 +246,12 @@ def _traverse(command: Traverse) -> int:
     if not 0 <= command.image < len(index):
         raise UserError(f"--image {command.image}: the run has held-out images 0 to {len(index) - 1}")
     image = dataset.images(index[command.image : command.image + 1])
-    strips = traverse(method, method.encode(image)[0])
+    strips = traverse(method, method.encode(image)[0], evaluation.positions)
     path = command.output or RunFolder(command.run).figures / f"traversal-image-{command.image}.png"
     told = told_factors(evaluation.infomec, [factor.name for factor in dataset.factors])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot_traversals(strips, evaluation.active, path, told=told)
+        plot_traversals(strips, evaluation.active, path, told=told, discrete=method.latent.discrete)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
     print(path)
@@ -368,8 +370,9 @@ def score_table(evaluation: "Evaluation") -> str:
         (
             "active",
             f"{evaluation.active.sum()} of {len(evaluation.active)}",
-            "latents with more than one code in use",
+            "latents that vary over the images",
         ),
-        ("perplexity", f"{evaluation.perplexity.mean():.2f}", "codes in effective use, mean over latents"),
     ]
+    if evaluation.perplexity is not None:
+        rows.append(("perplexity", f"{evaluation.perplexity.mean():.2f}", "codes in effective use, mean over latents"))
     return "\n".join(f"{name:<12}{value:<12}{meaning}" for name, value, meaning in rows)

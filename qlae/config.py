@@ -1,4 +1,4 @@
-"""The configuration of a training run: one dataclass, its named presets, and its file."""
+"""The configuration of a training run: one dataclass, its checks, and its file."""
 
 import math
 from collections.abc import Callable
@@ -18,8 +18,12 @@ def without(meaning: str) -> Callable[[str], str]:
     return lambda default: f"(default: {meaning if default == 'None' else default})"
 
 
+# how an option is shown that only some methods have
+OWN = without("the method's own")
+
 SCHEDULES = ("constant", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
+CODEBOOKS = ("learned", "global", "fixed")
 
 # latents for data without known factors
 DEFAULT_NUM_LATENTS = 12
@@ -30,7 +34,7 @@ class TrainConfig:
     """What is trained on what, and how; together with the seed it decides the result."""
 
     method: Annotated[Positional[str], arg(metavar="[METHOD]")] = "qlae"
-    """Training method: qlae."""
+    """Training method: qlae, qlinfowgan-gp, infowgan-gp, ae, vae, tcvae, bioae, vqvae or fsq."""
     data: Annotated[str, arg(metavar="NAME|FOLDER")] = "rooms3d"
     """Data set by name (`qlae data` lists them), or a folder of your own images."""
     root: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
@@ -45,14 +49,12 @@ class TrainConfig:
         arg(metavar="D", help_behavior_hint=without("twice the data's factors, 12 where there are none")),
     ] = None
     """Number of latents."""
-    levels: Annotated[int, arg(metavar="K")] = 10
-    """Codes per latent."""
     steps: Annotated[int, arg(metavar="N")] = 20_000
-    """Training steps."""
+    """Training steps; those of a GAN are steps of the critic."""
     batch_size: Annotated[int, arg(metavar="N")] = 64
     """Images per step."""
     learning_rate: Annotated[float, arg(metavar="X")] = 2e-3
-    """AdamW's step size."""
+    """Step size of AdamW; a GAN has one AdamW for the critic and one for the generator."""
     schedule: Annotated[str, arg(metavar="{constant,cosine}")] = "cosine"
     """Learning rate over the steps: `constant`, or falling to 0 along half a `cosine`. With `cosine`, a resumed
     run with more --steps starts again at the rate that the longer curve has there."""
@@ -63,10 +65,27 @@ class TrainConfig:
     the codebook have none."""
     gradient_clip: Annotated[float, arg(metavar="X")] = 1.0
     """Bound on each element of the weights' gradients. Biases and the codebook have none."""
-    quantization_weight: Annotated[float, arg(metavar="X")] = 0.3
-    """Weight of the loss that draws codebook values to the latents."""
-    commitment_weight: Annotated[float, arg(metavar="X")] = 0.3
-    """Weight of the loss that draws latents to their codebook values."""
+    levels: Annotated[int | None, arg(metavar="K", help_behavior_hint=OWN)] = None
+    """Codes per latent (qlae, qlinfowgan-gp, fsq), or of the vector codebook that all latents share (vqvae)."""
+    codebook: Annotated[str | None, arg(metavar="{learned,global,fixed}", help_behavior_hint=OWN)] = None
+    """Values of the codes (qlae, qlinfowgan-gp): `learned` for each latent, a `global` learned set for all, or
+    `fixed` ones."""
+    quantization_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the loss that draws codebook values to the latents (qlae, qlinfowgan-gp, vqvae)."""
+    commitment_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the loss that draws latents to their codebook values (qlae, qlinfowgan-gp, vqvae)."""
+    beta: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the KL divergence (vae), or of its total correlation (tcvae)."""
+    nonnegativity_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the loss on negative latents (bioae)."""
+    activity_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the loss on the latents' squares (bioae)."""
+    critic_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Steps of the critic before each step of the generator (qlinfowgan-gp, infowgan-gp)."""
+    gradient_penalty: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the penalty on the critic's gradient (qlinfowgan-gp, infowgan-gp)."""
+    latent_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
+    """Weight of the loss between drawn and inferred latents (qlinfowgan-gp, infowgan-gp)."""
     evaluation_every: Annotated[int, arg(metavar="N")] = 2_500
     """Steps between evaluations on the held-out images; each also writes a checkpoint."""
     seed: Annotated[int, arg(metavar="N")] = 0
@@ -75,52 +94,38 @@ class TrainConfig:
     """Where to compute; `auto` takes the GPU where there is one."""
 
 
-PRESETS: dict[str, TrainConfig] = {
-    "default": TrainConfig(),
-    "paper": TrainConfig(
-        resolution=64,
-        network="paper",
-        steps=200_000,
-        batch_size=128,
-        learning_rate=1e-3,
-        schedule="constant",
-        weight_decay=0.1,
-        gradient_clip=1.0,
-        levels=10,
-        quantization_weight=0.01,
-        commitment_weight=0.01,
-        evaluation_every=5_000,
-    ),
-}
+# what only some methods have; None leaves it to the method, or says that it has no such option
+METHOD_OPTIONS = (
+    "levels",
+    "codebook",
+    "quantization_weight",
+    "commitment_weight",
+    "beta",
+    "nonnegativity_weight",
+    "activity_weight",
+    "critic_steps",
+    "gradient_penalty",
+    "latent_weight",
+)
+
+WEIGHTS = tuple(name for name in METHOD_OPTIONS if name not in ("levels", "codebook", "critic_steps"))
 
 # a resumed run may change these; the same weights come out, or more steps follow
 RESUMABLE_CHANGES = frozenset({"steps", "device", "root", "evaluation_every"})
 
 
-def preset(name: str) -> TrainConfig:
-    """The preset of that name.
-
-    Raises:
-        UserError: for an unknown name.
-    """
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def check(config: TrainConfig) -> None:
     """Raises UserError for the first value that no run can have."""
-    for name in ("steps", "batch_size", "levels", "evaluation_every"):
-        _require(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in ("num_latents", "resolution"):
+    for name in ("steps", "batch_size", "evaluation_every", "num_latents", "resolution", "levels", "critic_steps"):
         value = getattr(config, name)
         _require(config, name, value is None or value >= 1, "at least 1")
     for name in ("learning_rate", "gradient_clip"):
         value = getattr(config, name)
         _require(config, name, math.isfinite(value) and value > 0, "a positive number")
-    for name in ("weight_decay", "quantization_weight", "commitment_weight"):
+    for name in ("weight_decay", *WEIGHTS):
         value = getattr(config, name)
-        _require(config, name, math.isfinite(value) and value >= 0, "0 or more")
+        _require(config, name, value is None or (math.isfinite(value) and value >= 0), "0 or more")
+    _require(config, "codebook", config.codebook in (None, *CODEBOOKS), f"one of {', '.join(CODEBOOKS)}")
     _require(config, "warmup_steps", 0 <= config.warmup_steps <= config.steps, "between 0 and --steps")
     _require(config, "seed", 0 <= config.seed < 2**63, "between 0 and 2**63 - 1")
     _require(config, "schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")

@@ -1,6 +1,6 @@
 """Scores of a trained model on images that it was not trained on, and what its figures show."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlae.data import Dataset
 from qlae.methods.base import Method
-from qlae.metrics import InfoMEC, code_counts, infomec, perplexity, psnr_per_image
+from qlae.metrics import InfoMEC, active_latents, code_counts, infomec, perplexity, psnr_per_image
 
 EXAMPLES = 16
 MAX_STRIP_CODES = 16
@@ -21,36 +21,40 @@ class Evaluation:
     """What a model with D latents does on N images.
 
     Attributes:
-        infomec: scores of the code indices against the data's factors; None where the data has no factors.
+        infomec: scores of the codes against the data's factors; None where the data has no factors.
         psnr: mean over the images of each one's peak signal-to-noise ratio, in dB.
-        usage: for each latent how often each of its codes was taken, D arrays int64 [levels of the latent].
-        perplexity: effective number of codes, float64 [D].
-        active: bool [D], latents that take more than one code.
+        usage: for each latent how often each of its codes was taken, D arrays int64 [levels of the latent]; None
+            where latents are continuous.
+        perplexity: effective number of codes, float64 [D]; None where latents are continuous.
+        active: bool [D], latents that take more than one code, or whose range is more than 1/20 of the largest.
+        images: N.
         inputs: E images of the N, evenly spread over them, float32 [E, 3, H, W] in [0, 1] on the CPU.
         reconstructions: what the model makes of `inputs`, the same shape.
-        indices: codes of `inputs`, int64 [E, D] on the CPU.
+        codes: those of `inputs`, [E, D] on the CPU, integers where latents are discrete.
+        positions: codes that a traversal moves each latent through, D tensors on the CPU.
     """
 
     infomec: InfoMEC | None
     psnr: float
-    usage: list[np.ndarray]
-    perplexity: np.ndarray
+    usage: list[np.ndarray] | None
+    perplexity: np.ndarray | None
     active: np.ndarray
+    images: int
     inputs: Tensor
     reconstructions: Tensor
-    indices: Tensor
+    codes: Tensor
+    positions: list[Tensor]
 
     def row(self) -> dict[str, float]:
-        """Numbers by name, for a table: infom, infoc, infoe (with factors), psnr, active, mean_perplexity."""
+        """Numbers by name, for a table: infom, infoc, infoe (with factors), psnr, active, mean_perplexity (with codes
+        to count)."""
         scores = {} if self.infomec is None else _infomec_scores(self.infomec)
-        return scores | {
-            "psnr": self.psnr,
-            "active": int(self.active.sum()),
-            "mean_perplexity": float(self.perplexity.mean()),
-        }
+        use = {} if self.perplexity is None else {"mean_perplexity": float(self.perplexity.mean())}
+        return scores | {"psnr": self.psnr, "active": int(self.active.sum())} | use
 
     def summary(self) -> dict[str, object]:
-        """Scores for JSON: InfoMEC's are None without factors; perplexity has one number a latent."""
+        """Scores for JSON: InfoMEC's are None without factors; perplexity has one number a latent, or is None where
+        latents are continuous."""
         scores = {"infom": None, "infoc": None, "infoe": None, "infoe_converged": None}
         if self.infomec is not None:
             scores = _infomec_scores(self.infomec) | {"infoe_converged": self.infomec.converged}
@@ -58,8 +62,8 @@ class Evaluation:
             "psnr": self.psnr,
             "active": int(self.active.sum()),
             "num_latents": len(self.active),
-            "perplexity": self.perplexity.tolist(),
-            "evaluation_images": int(self.usage[0].sum()),
+            "perplexity": None if self.perplexity is None else self.perplexity.tolist(),
+            "evaluation_images": self.images,
         }
 
     def line(self) -> str:
@@ -73,12 +77,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TraversalStrip:
-    """One latent moved through its own codes, all others kept, in the order of the codes' values.
+    """One latent moved through its codes, or its range, all others kept.
 
     Attributes:
         images: float32 [C, 3, H, W] in [0, 1] on the CPU.
-        codes: the latent's code in each image, int64 [C].
-        values: the codes' values, ascending, float64 [C].
+        codes: the latent's code in each image, [C].
+        values: the codes' values, ascending, float64 [C]; codes without a value stand for themselves, as integers.
         base: position in the strip of the code that the base image has.
     """
 
@@ -103,76 +107,85 @@ def evaluate(model: Method, dataset: Dataset, index: Tensor, *, batch_size: int 
     """
     if len(index) == 0:
         raise ValueError("evaluate needs at least one image, got an empty index")
-    all_indices, ratios = [], []
+    all_codes, ratios = [], []
     with _evaluation_mode(model):
         for batch in index.split(batch_size):
             images = dataset.images(batch)
-            indices, reconstructions = model.encode_and_reconstruct(images)
-            all_indices.append(indices.cpu())
+            batch_codes, reconstructions = model.encode_and_reconstruct(images)
+            all_codes.append(batch_codes.cpu())
             ratios.append(psnr_per_image(images, reconstructions).cpu())
         inputs = dataset.images(_evenly_spaced(index, EXAMPLES))
-        example_indices, reconstructions = model.encode_and_reconstruct(inputs)
-    indices = torch.cat(all_indices)
-    usage = code_counts(indices, model.quantizer.levels)
+        example_codes, reconstructions = model.encode_and_reconstruct(inputs)
+    codes = torch.cat(all_codes)
+    levels = model.latent.levels
+    discrete = model.latent.discrete
     sources = torch.cat([dataset.sources(batch).cpu() for batch in index.split(batch_size)])
     return Evaluation(
-        infomec=infomec(indices, sources) if dataset.factors else None,
+        infomec=infomec(codes, sources, discrete=discrete) if dataset.factors else None,
         psnr=float(torch.cat(ratios).mean()),
-        usage=usage,
-        perplexity=perplexity(indices, model.quantizer.levels),
-        active=np.array([np.count_nonzero(counts) > 1 for counts in usage]),
+        usage=code_counts(codes, levels) if discrete else None,
+        perplexity=perplexity(codes, levels) if discrete else None,
+        active=active_latents(codes, discrete=discrete),
+        images=len(codes),
         inputs=inputs.cpu(),
         reconstructions=reconstructions.cpu(),
-        indices=example_indices.cpu().long(),
+        codes=example_codes.cpu(),
+        positions=[positions.cpu() for positions in model.latent.positions(codes)],
     )
 
 
 @torch.no_grad()
-def traverse(model: Method, indices: Tensor, *, max_codes: int = MAX_STRIP_CODES) -> list[TraversalStrip]:
-    """One strip for each latent, starting from the image that `indices` stands for.
+def traverse(
+    model: Method, base: Tensor, positions: Sequence[Tensor], *, max_codes: int = MAX_STRIP_CODES
+) -> list[TraversalStrip]:
+    """One strip for each latent, starting from the image that the codes `base` stand for.
 
     Args:
-        indices: codes of the base image, integers [D].
-        max_codes: of a latent with more codes, this many evenly spread ones are shown, the base's among them.
+        base: codes of the base image, [D].
+        positions: for each latent the codes to move it through, in order; `Evaluation.positions`. The one next to the
+            base's own gives way to it.
+        max_codes: of a latent with more positions, this many evenly spread ones are shown, the base's among them.
 
     Returns:
         D strips, in the order of the latents.
     """
-    device = next(model.parameters()).device
-    base = indices.to(device).long()
-    values = code_values(model)
+    base = base.to(next(model.parameters()).device)
     with _evaluation_mode(model):
-        return [_strip(model, base, latent, values[latent], max_codes) for latent in range(len(base))]
+        return [_strip(model, base, latent, each, max_codes) for latent, each in enumerate(positions)]
 
 
 @torch.no_grad()
-def code_values(model: Method) -> list[np.ndarray]:
-    """Values of each latent's codes by their indices, D arrays float64 [levels of the latent]."""
-    levels = model.quantizer.levels
+def draw(model: Method, count: int, *, seed: int = 0) -> Tensor:
+    """Images float32 [count, 3, H, W] on the CPU, made of latents drawn from their prior.
+
+    Args:
+        model: a generative method.
+        seed: of the draw; torch's global generator is not used.
+    """
     device = next(model.parameters()).device
-    last = torch.tensor(levels, device=device) - 1
-    # Latents with fewer codes than the longest one repeat their last.
-    indices = torch.arange(max(levels), device=device)[:, None].minimum(last)
-    values = model.quantizer.decode(indices).double().cpu().numpy()
-    return [values[:size, latent] for latent, size in enumerate(levels)]
+    generator = torch.Generator(device).manual_seed(seed)
+    with _evaluation_mode(model):
+        return model.decoder(model.latent.sample(count, generator)).sigmoid().cpu()
 
 
 def _infomec_scores(scores: InfoMEC) -> dict[str, float]:
     return {"infom": scores.infom, "infoc": scores.infoc, "infoe": scores.infoe}
 
 
-def _strip(model: Method, base: Tensor, latent: int, values: np.ndarray, max_codes: int) -> TraversalStrip:
-    order = np.argsort(values, kind="stable")
-    base_rank = int(np.flatnonzero(order == int(base[latent]))[0])
-    ranks = _spread(len(values), max_codes, base_rank)
-    codes = order[ranks]
-    indices = base.repeat(len(codes), 1)
-    indices[:, latent] = torch.as_tensor(codes, device=base.device)
+def _strip(model: Method, base: Tensor, latent: int, positions: Tensor, max_codes: int) -> TraversalStrip:
+    positions = positions.to(base)
+    base_rank = int((positions - base[latent]).abs().argmin())
+    ranks = _spread(len(positions), max_codes, base_rank)
+    codes = positions[torch.as_tensor(ranks, device=base.device)]
+    base_position = int(np.flatnonzero(ranks == base_rank)[0])
+    codes[base_position] = base[latent]
+    moved = base.repeat(len(codes), 1)
+    moved[:, latent] = codes
     return TraversalStrip(
-        images=model.decode_indices(indices).cpu(),
-        codes=codes,
-        values=values[codes],
-        base=int(np.flatnonzero(ranks == base_rank)[0]),
+        images=model.decode(moved).cpu(),
+        codes=codes.cpu().numpy(),
+        values=model.latent.labels(latent, codes),
+        base=base_position,
     )
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from qlae.data import Dataset
-from qlae.evaluation import Evaluation, TraversalStrip, traverse
+from qlae.evaluation import Evaluation, TraversalStrip, draw, traverse
 from qlae.methods.base import Method
 from qlae.metrics import InfoMEC, psnr_per_image
 from qlae.run_folder import RunFolder
@@ -34,13 +34,39 @@ TEXT, SMALL_TEXT = 9.0, 7.5
 # Sizes in inches, of pictures made of tiles.
 TILE, GAP, MARGIN = 0.72, 0.06, 0.15
 
+# images drawn from a GAN's prior
+SAMPLES = 64
+
 # Title, name of the vertical axis, and columns of metrics.csv with their names for a person.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("InfoMEC on held-out images", "score", {"infom": "InfoM", "infoc": "InfoC", "infoe": "InfoE"}),
     ("Reconstruction", "PSNR in dB", {"train_psnr": "training", "psnr": "held-out"}),
     ("Active latents on held-out images", "latents", {"active": "active"}),
     ("Training loss", "loss", {"train_loss": "total", "train_reconstruction": "reconstruction"}),
-    ("Quantization and commitment loss", "loss", {"train_quantization": "training"}),
+    (
+        "Training losses of critic and generator",
+        "loss",
+        {"train_critic_loss": "critic", "train_generator_loss": "generator"},
+    ),
+    ("Critic's gap (Wasserstein estimate)", "value", {"train_critic_gap": "real less generated"}),
+    ("Gradient penalty", "loss", {"train_gradient_penalty": "training"}),
+    ("Drawn and inferred latents' difference", "loss", {"train_latent": "training"}),
+    (
+        "Quantization and commitment loss",
+        "loss",
+        {"train_quantization": "training", "train_commitment": "commitment apart"},
+    ),
+    ("KL divergence", "loss", {"train_kl": "training"}),
+    (
+        "KL divergence, taken apart",
+        "loss",
+        {
+            "train_mutual_information": "mutual information",
+            "train_total_correlation": "total correlation",
+            "train_dimension_wise_kl": "per latent",
+        },
+    ),
+    ("Latents' losses", "loss", {"train_nonnegativity": "nonnegativity", "train_activity": "activity"}),
     ("Perplexity on held-out images", "codes per latent", {"mean_perplexity": "mean over latents"}),
 )
 NOT_DRAWN = frozenset({"step", "learning_rate"})
@@ -54,12 +80,16 @@ def write_figures(run: RunFolder, method: Method, dataset: Dataset, evaluation: 
     folder = run.figures
     folder.mkdir(exist_ok=True)
     factors = [factor.name for factor in dataset.factors]
-    strips = traverse(method, evaluation.indices[len(evaluation.indices) // 2])
+    strips = traverse(method, evaluation.codes[len(evaluation.codes) // 2], evaluation.positions)
     plot_curves(run.metrics_file, folder / "curves.png")
     plot_reconstructions(evaluation.inputs, evaluation.reconstructions, folder / "reconstructions.png")
-    plot_code_usage(evaluation.usage, evaluation.perplexity, folder / "code_usage.png")
+    if evaluation.usage is not None:
+        plot_code_usage(evaluation.usage, evaluation.perplexity, folder / "code_usage.png")
+    if method.generative:
+        plot_samples(draw(method, SAMPLES), folder / "samples.png")
     told = told_factors(evaluation.infomec, factors)
-    plot_traversals(strips, evaluation.active, folder / "traversals.png", told=told)
+    discrete = method.latent.discrete
+    plot_traversals(strips, evaluation.active, folder / "traversals.png", told=told, discrete=discrete)
     if evaluation.infomec is not None:
         plot_nmi(evaluation.infomec, factors, folder / "nmi.png")
 
@@ -122,8 +152,9 @@ def plot_traversals(
     path: Path,
     *,
     told: Sequence[str] | None = None,
+    discrete: bool = True,
 ) -> None:
-    """One row per latent: the image as that latent takes each of its codes in turn, smallest value first.
+    """One row per latent: the image as that latent moves through its codes, or through its range, ascending.
 
     The base image's own code is framed and the rows of inactive latents are faded and named so.
 
@@ -132,6 +163,7 @@ def plot_traversals(
         active: bool [D].
         path: the PNG file to write.
         told: what each latent tells, D texts to write under its name; `told_factors` makes them.
+        discrete: whether latents have codes rather than a range of values.
     """
     names = [_told(latent, bool(active[latent]), told) for latent in range(len(strips))]
     caption, head = 0.22, 0.62
@@ -142,14 +174,38 @@ def plot_traversals(
     longest = max(len(strip.images) for strip in strips)
     width = max(label + longest * (TILE + GAP) + MARGIN, 5.2)
     axes = _canvas(width, head + len(strips) * row_height + MARGIN)
-    title = "Each row moves one latent through its codes, from the smallest value to the largest"
+    title = (
+        f"Each row moves one latent through its {'codes' if discrete else 'range'}, from the smallest to the largest"
+    )
     _write(axes, title if width > 6 else title.split(",")[0], MARGIN, 0.2, size=TEXT, ha="left", va="center")
     axes.add_patch(_frame(MARGIN, 0.36, 0.13, 0.13))
-    _write(axes, "the base image's own code; numbers are code values", 0.36, 0.43, ha="left", va="center")
+    own = "code; numbers are code values" if discrete else "value; the others are quantiles from 1 % to 99 %"
+    if strips[0].values.dtype.kind != "f":
+        own = "code; numbers are codes"
+    _write(axes, f"the base image's own {own}", 0.36, 0.43, ha="left", va="center")
     for latent, strip in enumerate(strips):
         top = head + latent * row_height
         _name_latent(axes, latent, names[latent], label - 0.12, top + height / 2, active[latent])
         _draw_strip(axes, strip, label, top, opacity=1.0 if active[latent] else 0.35)
+    _save(axes.get_figure(), path)
+
+
+def plot_samples(images: Tensor, path: Path, *, columns: int = 8) -> None:
+    """Images that a generator makes of latents drawn from their prior, row by row.
+
+    Args:
+        images: float32 [S, 3, H, W] in [0, 1], S >= 1.
+        path: the PNG file to write.
+        columns: most images in a row.
+    """
+    columns = min(columns, len(images))
+    height = TILE * images.shape[2] / images.shape[3]
+    rows = math.ceil(len(images) / columns)
+    width = 2 * MARGIN + columns * (TILE + GAP) - GAP
+    axes = _canvas(width, 2 * MARGIN + rows * (height + GAP) - GAP)
+    for position, image in enumerate(images):
+        row, column = divmod(position, columns)
+        _draw(axes, image, MARGIN + column * (TILE + GAP), MARGIN + row * (height + GAP), TILE)
     _save(axes.get_figure(), path)
 
 
@@ -295,7 +351,9 @@ def _draw_strip(axes: Axes, strip: TraversalStrip, left: float, top: float, opac
         if position == strip.base:
             axes.add_patch(_frame(x, top, TILE, height))
             style = {"color": VERMILLION, "weight": "bold"}
-        _write(axes, f"{value:z.2f}", x + TILE / 2, top + height + 0.03, va="top", **style)
+        # a code without a value is its number
+        text = f"{value:z.2f}" if strip.values.dtype.kind == "f" else str(value)
+        _write(axes, text, x + TILE / 2, top + height + 0.03, va="top", **style)
 
 
 def _read_columns(metrics_file: Path) -> dict[str, list[float | None]]:

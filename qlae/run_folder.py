@@ -96,10 +96,12 @@ class RunFolder:
         write_text(self.config_file, to_yaml(config))
 
     def write_metrics(self, rows: Sequence[Mapping[str, Number]]) -> None:
-        """Replaces metrics.csv; numbers are written so that they read back to the bit."""
+        """Replaces metrics.csv; numbers are written so that they read back to the bit, what a row lacks as nothing."""
         text = io.StringIO()
         if rows:
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+            # a value that comes every few steps may be missing from the first rows
+            names = dict.fromkeys(name for row in rows for name in row)
+            writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         write_text(self.metrics_file, text.getvalue())

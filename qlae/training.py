@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from qlae.errors import UserError
 from qlae.evaluation import Evaluation, evaluate
 from qlae.figures import write_figures
 from qlae.loading import choose_device, load_model
-from qlae.methods import Method, build_method
+from qlae.methods import Method, build_method, with_method_options
 from qlae.run_folder import Number, RunFolder, refuse_existing
 
 # seconds between updates of the progress bar on a terminal and in a log
@@ -35,13 +36,19 @@ LOG_REFRESH_SECONDS = 30.0
 # the loss is looked at this often, not in each step, because a look waits for the GPU
 LOOK_SECONDS = 0.25
 LOOK_STEPS = 500
+# the values of a step that the progress bar shows, as far as the method has them
+PROGRESS = {
+    "loss": "loss {:.4f}",
+    "psnr": "PSNR {:.1f} dB",
+    "critic_gap": "critic's gap {:.3f}",
+}
 # what a time limit leaves for the figures and, before the first one was timed, for an evaluation
 FIGURE_SECONDS = 15.0
 EVALUATION_SECONDS = 15.0
 
 
 class DivergedError(Exception):
-    """The loss or a weight is no longer a finite number."""
+    """A loss or a weight is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def train(config: TrainConfig, path: Path, *, time_limit: float | None = None, p
 
     Raises:
         UserError: for a configuration that cannot be, missing or wrong data, and a folder that exists.
-        DivergedError: when the loss or a weight is not finite; the last checkpoint before that is kept.
+        DivergedError: when a loss or a weight is not finite; the last checkpoint before that is kept.
     """
     started = time.monotonic()
     check(config)
@@ -122,7 +129,12 @@ def check_time_limit(minutes: float | None) -> None:
 
 
 def complete(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """The configuration with everything decided that was left to the data set."""
+    """The configuration with everything decided that was left to the data set and to the method.
+
+    Raises:
+        UserError: as for `with_method_options`.
+    """
+    config = with_method_options(config)
     num_latents = config.num_latents or 2 * len(dataset.factors) or DEFAULT_NUM_LATENTS
     data, root = config.data, config.root
     if not dataset.factors and Path(data).is_dir():
@@ -187,22 +199,32 @@ class BatchSampler:
 
 @dataclass
 class RunningMeans:
-    """Means of a step's values since the last evaluation.
+    """Means of the steps' values since the last evaluation, each over the steps that had it.
 
     They are added one after the other in float64, so that the sums do not depend on when they were looked at.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, steps: list[dict[str, Tensor]]) -> None:
-        for name in steps[0]:
-            for value in torch.stack([step[name] for step in steps]).tolist():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += len(steps)
+    def add(self, name: str, values: list[float]) -> None:
+        for value in values:
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0) + len(values)
 
     def means(self) -> dict[str, float]:
-        return {name: total / self.count for name, total in self.sums.items()}
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+def _by_name(steps: list[dict[str, Tensor]], first: int) -> dict[str, tuple[list[int], list[float]]]:
+    """The values of steps numbered from `first`, by name: the steps that have a value of that name, and the values."""
+    columns: dict[str, tuple[list[int], list[Tensor]]] = {}
+    for number, values in enumerate(steps, first):
+        for name, value in values.items():
+            numbers, tensors = columns.setdefault(name, ([], []))
+            numbers.append(number)
+            tensors.append(value)
+    return {name: (numbers, torch.stack(tensors).tolist()) for name, (numbers, tensors) in columns.items()}
 
 
 @dataclass
@@ -307,9 +329,9 @@ class Trainer:
             "seconds": self._seconds(),
             "rows": self.rows,
             "sums": self.means.sums,
-            "count": self.means.count,
+            "counts": self.means.counts,
             "sampler": self.sampler.state(),
-            "optimizers": {name: each.state_dict() for name, each in self.method.optimizers.items()},
+            "method": self.method.training_state(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if self.dataset.device.type == "cuda" else None,
         }
@@ -319,10 +341,9 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         self.rows = state["rows"]
-        self.means = RunningMeans(state["sums"], state["count"])
+        self.means = RunningMeans(state["sums"], state["counts"])
         self.sampler.load_state(state["sampler"])
-        for name, optimizer in self.method.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.method.load_training_state(state["method"])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.dataset.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"])
@@ -360,19 +381,24 @@ class Trainer:
         return time.monotonic() - self.started + reserve > limit
 
     def _look(self) -> None:
-        """Fetches the values of the pending steps: stops on a loss that is not finite, shows the latest."""
+        """Fetches the values of the pending steps: stops on one that is not finite, shows the latest."""
         self.next_look = time.monotonic() + LOOK_SECONDS
         if not self.pending:
             return
-        first = self.step - len(self.pending) + 1
-        losses = torch.stack([values["loss"] for values in self.pending])
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            position = int(bad[0, 0])
-            raise self._diverged(f"the loss became {losses[position].item()} in step {first + position:,}")
-        self.means.add(self.pending)
-        loss, psnr = (self.pending[-1][name].item() for name in ("loss", "psnr"))
-        self.bar.set_postfix_str(f"loss {loss:.4f}, PSNR {psnr:.1f} dB", refresh=False)
+        columns = _by_name(self.pending, self.step - len(self.pending) + 1)
+        bad = [
+            (step, name, value)
+            for name, (steps, values) in columns.items()
+            for step, value in zip(steps, values, strict=True)
+            if not math.isfinite(value)
+        ]
+        if bad:
+            step, name, value = min(bad, key=itemgetter(0))
+            raise self._diverged(f"the {name.replace('_', ' ')} became {value} in step {step:,}")
+        for name, (_, values) in columns.items():
+            self.means.add(name, values)
+        shown = [text.format(columns[name][1][-1]) for name, text in PROGRESS.items() if name in columns]
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.pending.clear()
 
     def _record(self, evaluation: Evaluation) -> None:
@@ -434,7 +460,7 @@ class Trainer:
         return (
             f"data     {self.dataset.describe()}\n"
             f"model    {config.method}, network {config.network}, {weights:,} parameters, "
-            f"{config.num_latents} latents of {config.levels} codes\n"
+            f"{self.method.latent.describe()}\n"
             f"device   {place}\n"
             f"run      {self.run_folder.path}, steps {self.step:,} to {config.steps:,}"
         )

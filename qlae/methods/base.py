@@ -1,37 +1,60 @@
 """What every training method offers, and the optimizer that the paper trains them all with."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from qlae.config import TrainConfig
+from qlae.latents import Latent
 from qlae.metrics import PSNR_CAP
-from qlae_kernels import FusedLatentQuantizer
+from qlae.networks.base import Encoder
 
 
 class Method(nn.Module, ABC):
-    """A model that codes images by quantized latents, together with the way it learns.
+    """A model that codes images by latents, together with the way it learns.
 
     Attributes:
-        encoder: images float32 [B, 3, H, W] in [0, 1] -> [B, D].
-        decoder: [B, D] -> logits [B, 3, H, W].
-        quantizer: [B, D] -> the nearest codes.
+        options: the method's own options, fields of `TrainConfig` that are None for all others, with the values that
+            they have where none is given.
+        generative: whether it learns to make images of latents drawn from their prior.
+        encoder: images float32 [B, 3, H, W] in [0, 1] -> features [B, F].
+        latent: features [B, F] -> codes [B, D], and values [B, W].
+        decoder: values [B, W] -> logits [B, 3, H, W].
         optimizers: by name; a checkpoint keeps the state of each.
     """
 
-    encoder: nn.Module
+    options: ClassVar[Mapping[str, Any]] = {}
+    generative: ClassVar[bool] = False
+    encoder: Encoder
+    latent: Latent
     decoder: nn.Module
-    quantizer: FusedLatentQuantizer
     optimizers: dict[str, Optimizer]
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> Self:
+        """Newly initialised, as the configuration has it, for images of shape (3, height, width)."""
 
     @abstractmethod
     def training_step(self, images: Tensor) -> dict[str, Tensor]:
         """Learns from one batch, float32 [B, 3, H, W] in [0, 1]: all forward and backward passes and updates.
 
         Returns:
-            Detached scalars on the images' device. `loss` and `psnr` (dB) are always among them.
+            Detached scalars by name on the images' device, finite as long as training does not diverge.
         """
+
+    def training_state(self) -> dict[str, Any]:
+        """What, besides the weights, decides how the method goes on; kept in checkpoints."""
+        return {"optimizers": {name: each.state_dict() for name, each in self.optimizers.items()}}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `training_state` gave."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Every learning rate becomes `factor` times the one its optimizer was made with."""
@@ -41,33 +64,34 @@ class Method(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Code indices [B, D] of images [B, 3, H, W]."""
-        return self.quantizer.encode(self.encoder(images))
+        """Codes [B, D] of images [B, 3, H, W]."""
+        return self.latent.encode(self.encoder(images))
 
     @torch.no_grad()
-    def decode_indices(self, indices: Tensor) -> Tensor:
-        """Images float32 [B, 3, H, W] in [0, 1] of code indices [B, D]."""
-        return self.decoder(self.quantizer.decode(indices)).sigmoid()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images float32 [B, 3, H, W] in [0, 1] of codes [B, D]."""
+        return self.decoder(self.latent.decode(codes)).sigmoid()
 
     def encode_and_reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Code indices [B, D] of images [B, 3, H, W], and the images these indices stand for."""
-        indices = self.encode(images)
-        return indices, self.decode_indices(indices)
+        """Codes [B, D] of images [B, 3, H, W], and the images that these codes stand for."""
+        codes = self.encode(images)
+        return codes, self.decode(codes)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] after encoding, quantization and decoding."""
+        """Images [B, 3, H, W] after encoding and decoding."""
         return self.encode_and_reconstruct(images)[1]
 
 
-def split_parameters(method: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The regularized parameters, and the free ones: those named `bias` and the codebook.
+def split_parameters(*modules: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The regularized parameters of the modules, and the free ones: those named `bias` and all of a `Latent`.
 
     Weights of norms and a decoder's learned constant are regularized too, as in the paper's implementation.
     """
     regularized, free = [], []
-    for name, parameter in method.named_parameters():
-        is_free = name.split(".")[-1] == "bias" or name.startswith("quantizer.")
-        (free if is_free else regularized).append(parameter)
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            is_free = name.split(".")[-1] == "bias" or isinstance(module, Latent)
+            (free if is_free else regularized).append(parameter)
     return regularized, free
 
 
@@ -84,7 +108,7 @@ def build_optimizer(
     Args:
         parameters: what `split_parameters` returns.
         gradient_clip: bound on each element of the regularized parameters' gradients; kept in their group for
-            `clip_gradients`.
+            `update`.
     """
     regularized, free = parameters
     groups = [
@@ -95,6 +119,14 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
     return optimizer
+
+
+def update(optimizer: Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss`, which reaches the optimizer's own parameters alone."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[parameter for group in optimizer.param_groups for parameter in group["params"]])
+    clip_gradients(optimizer)
+    optimizer.step()
 
 
 def clip_gradients(optimizer: Optimizer) -> None:

@@ -1,72 +1,30 @@
 """QLAE, the quantized-latent autoencoder (Hsu et al., arXiv 2305.18378, section 3)."""
 
-from typing import Self
-
-from torch import Tensor, nn
-from torch.nn import functional
+from typing import ClassVar
 
 from qlae.config import TrainConfig
-from qlae.methods.base import Method, batch_psnr, build_optimizer, clip_gradients, split_parameters
-from qlae.networks import build_network
+from qlae.latents import QuantizedLatent
+from qlae.methods.autoencoder import Autoencoder
 from qlae_kernels import FusedLatentQuantizer
 
 
-class QLAE(Method):
-    """Minimises mean binary cross-entropy plus the quantization and commitment losses of the latents."""
+class QLAE(Autoencoder):
+    """Adds the quantization and commitment losses of scalar-quantized latents."""
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        quantizer: FusedLatentQuantizer,
-        *,
-        learning_rate: float,
-        weight_decay: float,
-        gradient_clip: float,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.quantizer = quantizer
-        self.optimizer = build_optimizer(
-            split_parameters(self),
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            gradient_clip=gradient_clip,
-        )
-        self.optimizers = {"autoencoder": self.optimizer}
+    options: ClassVar = {"levels": 10, "codebook": "learned", "quantization_weight": 0.3, "commitment_weight": 0.3}
 
     @classmethod
-    def from_config(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> Self:
-        """As the configuration has it, for images of shape (3, height, width)."""
-        encoder, decoder = build_network(config.network, image_shape=image_shape, num_latents=config.num_latents)
-        quantizer = FusedLatentQuantizer(
-            num_latents=config.num_latents,
-            levels=config.levels,
-            quantization_weight=config.quantization_weight,
-            commitment_weight=config.commitment_weight,
-        )
-        return cls(
-            encoder,
-            decoder,
-            quantizer,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            gradient_clip=config.gradient_clip,
-        )
+    def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> QuantizedLatent:
+        return QuantizedLatent(build_quantizer(config))
 
-    def training_step(self, images: Tensor) -> dict[str, Tensor]:
-        quantized, _, quantization = self.quantizer(self.encoder(images))
-        logits = self.decoder(quantized)
-        reconstruction = functional.binary_cross_entropy_with_logits(logits, images)
-        loss = reconstruction + quantization
-        self.optimizer.zero_grad()
-        loss.backward()
-        clip_gradients(self.optimizer)
-        self.optimizer.step()
-        return {
-            "loss": loss.detach(),
-            "reconstruction": reconstruction.detach(),
-            "quantization": quantization.detach(),
-            "psnr": batch_psnr(images, logits),
-        }
+
+def build_quantizer(config: TrainConfig) -> FusedLatentQuantizer:
+    """The quantizer of the configuration: `--codebook` says whether latents share their codes and these learn."""
+    return FusedLatentQuantizer(
+        num_latents=config.num_latents,
+        levels=config.levels,
+        quantization_weight=config.quantization_weight,
+        commitment_weight=config.commitment_weight,
+        learnable=config.codebook != "fixed",
+        shared_codebook=config.codebook == "global",
+    )

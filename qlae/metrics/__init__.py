@@ -7,7 +7,7 @@ from qlae.metrics.code_usage import code_counts, perplexity
 from qlae.metrics.dci import DCI, dci
 from qlae.metrics.factor_vae import factor_vae
 from qlae.metrics.image_metrics import PSNR_CAP, psnr, psnr_per_image
-from qlae.metrics.infomec import InfoMEC, infomec
+from qlae.metrics.infomec import InfoMEC, active_latents, infomec
 from qlae.metrics.irs import irs
 from qlae.metrics.modularity_explicitness import explicitness, modularity
 from qlae.metrics.mutual_information_gap import mutual_information_gap
@@ -18,6 +18,7 @@ __all__ = [
     "PSNR_CAP",
     "InfoMEC",
     "ScoreAccumulator",
+    "active_latents",
     "all_scores",
     "beta_vae",
     "code_counts",

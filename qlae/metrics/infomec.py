@@ -169,8 +169,18 @@ def infomec(
     )
 
 
-def active_latents(latents: np.ndarray, *, discrete: bool, protocol: Protocol) -> np.ndarray:
-    """Which latents [N, n_z] count in InfoM and InfoC, bool [n_z]; the rules are those of `infomec`."""
+def active_latents(
+    latents: np.ndarray | torch.Tensor,  # [N, n_z]
+    discrete: bool = True,
+    *,
+    protocol: Protocol = "standalone",
+) -> np.ndarray:  # [n_z]
+    """Which latents count in InfoM and InfoC, bool [n_z]: `InfoMEC.active`, which needs no sources.
+
+    Raises:
+        ValueError: for latents that `infomec` would refuse.
+    """
+    latents = codes_of(latents) if discrete else values_of(latents)
     # Integers of any size differ without overflow as floats.
     values = latents.astype(np.float64)
     ranges = np.ptp(values, axis=0)

@@ -8,6 +8,7 @@ layers has to approximate that product, and its latents then mix the two.
 import torch
 from torch import Tensor, nn
 
+from qlae.networks.base import Encoder
 from qlae.networks.convolutional import ConvolutionalEncoder, Convolutions, dense_layers
 
 FIRST_WIDTH = 16
@@ -18,31 +19,31 @@ SMALLEST_MAP = 4
 
 
 class PaintingDecoder(nn.Module):
-    """[B, D] -> logits [B, 3, H, W]: masks in (0, 1) and colours from dense layers, multiplied and summed."""
+    """[B, W] -> logits [B, 3, H, W]: masks in (0, 1) and colours from dense layers, multiplied and summed."""
 
-    def __init__(self, image_shape: tuple[int, int, int], num_latents: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], latent_width: int) -> None:
         super().__init__()
         channels, height, width = image_shape
         self.image_shape = image_shape
-        self.dense = dense_layers(num_latents, (DENSE_WIDTH, DENSE_WIDTH))
+        self.dense = dense_layers(latent_width, (DENSE_WIDTH, DENSE_WIDTH))
         self.masks = nn.Linear(DENSE_WIDTH, MASKS * height * width)
         self.colours = nn.Linear(DENSE_WIDTH, channels * MASKS)
         self.bias = nn.Parameter(torch.zeros(channels, height * width))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        features = self.dense(latents)
+    def forward(self, values: Tensor) -> Tensor:
+        features = self.dense(values)
         masks = self.masks(features).sigmoid().unflatten(1, (MASKS, -1))
         colours = self.colours(features).unflatten(1, (-1, MASKS))
         return (colours @ masks + self.bias).view(-1, *self.image_shape)
 
 
-def build(image_shape: tuple[int, int, int], num_latents: int) -> tuple[nn.Module, nn.Module]:
+def build(image_shape: tuple[int, int, int], features: int, width: int) -> tuple[Encoder, nn.Module]:
     """Convolutions of doubling width, each halving the image, and a dense layer; the painting decoder."""
     shorter = min(image_shape[1:])
-    widths = []
+    widths: list[int] = []
     while shorter >= 2 * SMALLEST_MAP:
         widths.append(FIRST_WIDTH * 2 ** len(widths))
         shorter //= 2
     convolutions = Convolutions(widths=widths, kernels=[4] * len(widths), strides=[2] * len(widths))
-    encoder = ConvolutionalEncoder(image_shape, num_latents, convolutions, (DENSE_WIDTH,))
-    return encoder, PaintingDecoder(image_shape, num_latents)
+    encoder = ConvolutionalEncoder(image_shape, features, convolutions, (DENSE_WIDTH,))
+    return encoder, PaintingDecoder(image_shape, width)

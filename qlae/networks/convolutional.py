@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlae.errors import UserError
+from qlae.networks.base import Encoder
 
 # four layers of stride 2
 REDUCTION = 16
@@ -38,13 +39,13 @@ def check_image_size(network: str, image_shape: tuple[int, int, int]) -> None:
         )
 
 
-class ConvolutionalEncoder(nn.Module):
-    """[B, 3, H, W] -> [B, D]: convolutions, each with instance norm and leaky ReLU, then dense layers."""
+class ConvolutionalEncoder(Encoder):
+    """[B, 3, H, W] -> [B, F]: convolutions, each with instance norm and leaky ReLU, then dense layers."""
 
     def __init__(
         self,
         image_shape: tuple[int, int, int],
-        num_latents: int,
+        features: int,
         convolutions: Convolutions,
         dense_widths: Sequence[int],
     ) -> None:
@@ -62,12 +63,13 @@ class ConvolutionalEncoder(nn.Module):
             channels = out_channels
         self.convolutions = nn.Sequential(*layers)
         reduction = prod(convolutions.strides)
-        features = channels * (height // reduction) * (width // reduction)
-        self.dense = dense_layers(features, dense_widths)
-        self.head = nn.Linear(dense_widths[-1], num_latents)
+        map_size = channels * (height // reduction) * (width // reduction)
+        self.dense = dense_layers(map_size, dense_widths)
+        self.trunk_width = dense_widths[-1]
+        self.head = nn.Linear(self.trunk_width, features)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.dense(self.convolutions(images).flatten(1)))
+    def trunk(self, images: Tensor) -> Tensor:
+        return self.dense(self.convolutions(images).flatten(1))
 
 
 class StyledBlock(nn.Module):
@@ -92,12 +94,12 @@ class StyledBlock(nn.Module):
 
 
 class StyledDecoder(nn.Module):
-    """[B, D] -> logits [B, 3, H, W]: blocks turn a learned constant into an image, styled by the latents."""
+    """[B, W] -> logits [B, 3, H, W]: blocks turn a learned constant into an image, styled by the latents."""
 
     def __init__(
         self,
         image_shape: tuple[int, int, int],
-        num_latents: int,
+        latent_width: int,
         convolutions: Convolutions,
         dense_widths: Sequence[int],
     ) -> None:
@@ -105,7 +107,7 @@ class StyledDecoder(nn.Module):
         image_channels, height, width = image_shape
         channels = convolutions.widths[0]
         reduction = prod(convolutions.strides)
-        self.dense = dense_layers(num_latents, dense_widths)
+        self.dense = dense_layers(latent_width, dense_widths)
         self.constant = nn.Parameter(torch.full((channels, height // reduction, width // reduction), 0.1))
         blocks = []
         for out_channels, kernel, stride in zip(
@@ -116,9 +118,9 @@ class StyledDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Conv2d(channels, image_channels, kernel_size=3, padding=1, bias=False)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        style = self.dense(latents)
-        maps = self.constant.expand(len(latents), -1, -1, -1)
+    def forward(self, values: Tensor) -> Tensor:
+        style = self.dense(values)
+        maps = self.constant.expand(len(values), -1, -1, -1)
         for block in self.blocks:
             maps = block(maps, style)
         return self.head(maps)

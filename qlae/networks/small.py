@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from qlae.networks.base import Encoder
 from qlae.networks.convolutional import (
     ConvolutionalEncoder,
     Convolutions,
@@ -15,9 +16,9 @@ STRIDES = (2,) * 4
 DENSE_WIDTHS = (512,)
 
 
-def build(image_shape: tuple[int, int, int], num_latents: int) -> tuple[nn.Module, nn.Module]:
+def build(image_shape: tuple[int, int, int], features: int, width: int) -> tuple[Encoder, nn.Module]:
     """Four convolutions and four styled transposed ones."""
     check_image_size("small", image_shape)
-    encoder = ConvolutionalEncoder(image_shape, num_latents, Convolutions(WIDTHS, KERNELS, STRIDES), DENSE_WIDTHS)
-    decoder = StyledDecoder(image_shape, num_latents, Convolutions(WIDTHS[::-1], KERNELS, STRIDES), DENSE_WIDTHS)
+    encoder = ConvolutionalEncoder(image_shape, features, Convolutions(WIDTHS, KERNELS, STRIDES), DENSE_WIDTHS)
+    decoder = StyledDecoder(image_shape, width, Convolutions(WIDTHS[::-1], KERNELS, STRIDES), DENSE_WIDTHS)
     return encoder, decoder

@@ -13,7 +13,7 @@ from qlae.checkpoint import STATE, WEIGHTS, load_training_state, load_weights, s
 from qlae.config import TrainConfig
 from qlae.errors import UserError
 
-CONFIG = TrainConfig(num_latents=3)
+CONFIG = TrainConfig(levels=10, num_latents=3)
 
 
 def model(seed: int = 0) -> nn.Module:

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from qlae import figures, training
 from qlae.checkpoint import STATE, WEIGHTS
 from qlae.cli import main
 from qlae.config import TrainConfig, option
+from qlae.methods import METHODS
 from qlae.metrics import infomec
 from qlae.training import Trainer
 
@@ -151,11 +153,14 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
         explanations = [part.split("(default: ")[0].split() for part in text.split(mark)[1:]]
         assert any(2 <= len(words) <= 40 for words in explanations), name
     assert "None" not in text
+    assert all(name in text for name in METHODS)
 
 
 def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert "(default: 200000)" in help_of(capsys, "train", "--preset", "paper")
+    assert "(default: 100000)" in help_of(capsys, "train", "infowgan-gp", "--preset", "paper")
+    assert "--beta X" in help_of(capsys, "train", "--preset", "paper", "vae", "--data", "shapes3d")
     assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
 
 
@@ -175,7 +180,9 @@ def test_what_cannot_be_parsed_exits_with_2(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vae"], "unknown method 'vae': choose one of qlae"),
+        (["gae"], "unknown method 'gae': choose one of qlae"),
+        (["ae", "--beta", "2"], "--beta 2.0: the method ae has no such option"),
+        (["--codebook", "random"], "--codebook is random, which should be one of learned, global, fixed"),
         (["--data", "shapes5d"], "shapes5d"),
         (["--network", "huge"], "unknown network 'huge': choose one of compact, paper, small"),
         (["--preset", "best"], "unknown preset 'best': choose one of default, paper"),
@@ -220,6 +227,36 @@ def test_a_resumed_run_keeps_its_options(
     before = contents(run)
     assert message in refused(capsys, "train", "--resume", "run", *arguments)
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_trained_scored_and_resumed(
+    tiny: object, without_figures: None, here: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", method, *QUICK, "--output", "run"]) == 0
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert (summary["perplexity"] is not None) == ("perplexity" in capsys.readouterr().out)
+    assert main(["evaluate", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["psnr"] == summary["psnr"]
+    assert main(["train", "--resume", "run", "--steps", "8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("qlinfowgan-gp", {"samples", "code_usage"}), ("vae", set()), ("vqvae", {"code_usage"})]
+)
+def test_every_kind_of_latent_has_its_figures(tiny: object, here: Path, method: str, own: set[str]) -> None:
+    few_codes = ["--levels", "7"] if "code_usage" in own else []
+    assert main(["train", method, *QUICK, *few_codes, "--output", "run"]) == 0
+    assert main(["traverse", "run"]) == 0
+    figures = {path.stem for path in (here / "run" / "figures").iterdir()}
+    assert figures == {"curves", "reconstructions", "traversals", "traversal-image-0", "nmi"} | own
+
+
+def test_a_run_has_the_presets_values_for_its_method_and_data(tiny: object, without_figures: None) -> None:
+    assert main(["train", *QUICK, "infowgan-gp", "--preset", "paper", "--network", "compact", "--output", "run"]) == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["method"], config["learning_rate"], config["weight_decay"]) == ("infowgan-gp", 2e-4, 1e-4)
+    assert (config["steps"], config["latent_weight"], config["beta"]) == (6, 200.0, None)
 
 
 def test_resume_with_more_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from qlae.networks.compact import MASKS, PaintingDecoder, build
     [((3, 3), []), ((7, 64), []), ((8, 8), [16]), ((16, 16), [16, 32]), ((33, 50), [16, 32, 64])],
 )
 def test_convolutions_halve_down_to_small_maps(size: tuple[int, int], widths: list[int]) -> None:
-    encoder, decoder = build((3, *size), 5)
+    encoder, decoder = build((3, *size), 5, 5)
     found = [layer.out_channels for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
     assert found == widths
     assert decoder(encoder(torch.rand(2, 3, *size))).shape == (2, 3, *size)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from qlae.data import Dataset, Factor
 from qlae.data.base import factors_of_index
-from qlae.evaluation import code_values, evaluate, traverse
+from qlae.evaluation import draw, evaluate, traverse
+from qlae.latents import ContinuousLatent, Latent, QuantizedLatent, UniformLatent
 from qlae.methods.base import Method
 from qlae_kernels import FusedLatentQuantizer
 
@@ -52,18 +53,30 @@ class Colours(nn.Module):
 class Paint(nn.Module):
     """Exact but for the third channel, which is 0.1 too bright."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.excess = nn.Parameter(torch.tensor([0.0, 0.0, 0.1]))
+
     def forward(self, latents: Tensor) -> Tensor:
-        colours = latents + torch.tensor([0.0, 0.0, 0.1])
+        colours = latents + self.excess
         return colours.logit()[:, :, None, None].expand(-1, -1, 2, 2)
 
 
+def quantized(levels: tuple[int, ...]) -> QuantizedLatent:
+    return QuantizedLatent(FusedLatentQuantizer(3, levels, init_range=(0.0, 1.0), backend="reference"))
+
+
 class ToyMethod(Method):
-    def __init__(self, levels: tuple[int, ...] = (3, 4, 5)) -> None:
+    def __init__(self, latent: Latent | None = None) -> None:
         super().__init__()
         self.encoder = Colours()
         self.decoder = Paint()
-        self.quantizer = FusedLatentQuantizer(3, levels, init_range=(0.0, 1.0), backend="reference")
+        self.latent = latent or quantized((3, 4, 5))
         self.optimizers = {}
+
+    @classmethod
+    def from_config(cls, config, image_shape):
+        raise NotImplementedError
 
     def training_step(self, images: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -120,7 +133,7 @@ def test_examples_are_spread_over_the_images() -> None:
     assert evaluation.inputs.shape == (16, 3, 2, 2)
     sources = dataset.sources(index[torch.linspace(0, 1199, 16).round().long()])
     # The first two latents' indices are the factors' positions.
-    assert evaluation.indices[:, :2].tolist() == sources.tolist()
+    assert evaluation.codes[:, :2].tolist() == sources.tolist()
     expected = evaluation.inputs + torch.tensor([0.0, 0.0, 0.1])[:, None, None]
     torch.testing.assert_close(evaluation.reconstructions, expected)
 
@@ -129,7 +142,8 @@ def test_the_model_and_the_random_state_stay_as_they_were() -> None:
     method = ToyMethod().train()
     state = torch.get_rng_state()
     evaluation = evaluate(method, Toy(), ALL)
-    traverse(method, evaluation.indices[0])
+    traverse(method, evaluation.codes[0], evaluation.positions)
+    draw(ToyMethod(UniformLatent(3)), 2)
     assert method.training and method.encoder.training
     assert torch.equal(torch.get_rng_state(), state)
     assert not evaluation.reconstructions.requires_grad
@@ -142,20 +156,12 @@ def test_an_empty_index_is_refused() -> None:
         evaluate(ToyMethod(), Toy(), ALL[:0])
 
 
-def test_code_values_leave_out_what_a_latent_does_not_have() -> None:
-    values = code_values(ToyMethod())
-    assert [row.tolist() for row in values] == [
-        pytest.approx([0, 1 / 2, 1]),
-        pytest.approx([0, 1 / 3, 2 / 3, 1]),
-        pytest.approx([0, 1 / 4, 1 / 2, 3 / 4, 1]),
-    ]
-
-
 def test_strips_follow_the_values_not_the_indices() -> None:
     method = ToyMethod()
     with torch.no_grad():
-        method.quantizer.codebook[1, :4] = torch.tensor([0.9, 0.1, 0.7, 0.3])
-    strips = traverse(method, torch.tensor([2, 0, 2], dtype=torch.int32))
+        method.latent.quantizer.codebook[1, :4] = torch.tensor([0.9, 0.1, 0.7, 0.3])
+    base = torch.tensor([2, 0, 2], dtype=torch.int32)
+    strips = traverse(method, base, method.latent.positions(base[None]))
     assert [len(strip.images) for strip in strips] == [3, 4, 5]
     strip = strips[1]
     assert strip.values.tolist() == pytest.approx([0.1, 0.3, 0.7, 0.9])
@@ -170,10 +176,49 @@ def test_strips_follow_the_values_not_the_indices() -> None:
 
 @pytest.mark.parametrize("base", [0, 1, 50, 98, 99])
 def test_long_strips_are_thinned_and_keep_the_base(base: int) -> None:
-    strips = traverse(ToyMethod(levels=(100, 4, 5)), torch.tensor([base, 0, 0]), max_codes=16)
+    method, codes = ToyMethod(quantized((100, 4, 5))), torch.tensor([base, 0, 0])
+    strips = traverse(method, codes, method.latent.positions(codes[None]), max_codes=16)
     strip = strips[0]
     assert len(strip.images) == 16
     assert strip.codes[strip.base] == base
     assert (np.diff(strip.values) > 0).all()
     # Even steps are 99 / 15 codes, and the base moves one of them by at most half a step.
     assert np.diff(strip.codes).max() <= math.ceil(1.5 * 99 / 15)
+
+
+def test_continuous_latents_are_scored_by_their_values() -> None:
+    evaluation = evaluate(ToyMethod(ContinuousLatent(3)), Toy(), ALL.repeat(50))
+    assert (evaluation.usage, evaluation.perplexity) == (None, None)
+    assert list(evaluation.row()) == ["infom", "infoc", "infoe", "psnr", "active"]
+    assert evaluation.summary()["perplexity"] is None
+    assert evaluation.summary()["evaluation_images"] == 600
+    # red and green run from 0 to 1, and the third latent is always 0.5
+    assert evaluation.active.tolist() == [True, True, False]
+    assert evaluation.infomec.active.tolist() == [True, True, False]
+    assert evaluation.infomec.infom == pytest.approx(1.0, abs=0.05)
+    assert evaluation.psnr == pytest.approx(TOY_PSNR, abs=1e-4)
+
+
+def test_continuous_latents_without_factors() -> None:
+    evaluation = evaluate(ToyMethod(ContinuousLatent(3)), Toy(with_factors=False), ALL)
+    assert evaluation.active.tolist() == [True, True, False]
+
+
+def test_continuous_strips_go_through_quantiles_and_the_base_value() -> None:
+    method = ToyMethod(ContinuousLatent(3))
+    positions = [torch.linspace(0.1, 0.9, 9)] * 3
+    strips = traverse(method, torch.tensor([0.42, 0.5, 0.97]), positions)
+    assert strips[0].values.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.42, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert [strip.base for strip in strips] == [3, 4, 8]
+    assert strips[2].values[-1] == pytest.approx(0.97)
+    assert strips[0].images[:, 0, 0, 0].tolist() == pytest.approx(strips[0].values.tolist(), abs=1e-6)
+    assert strips[0].images[:, 1].unique().tolist() == [0.5]
+    # what the evaluation gave stays as it was
+    assert torch.equal(positions[0], torch.linspace(0.1, 0.9, 9))
+
+
+def test_drawn_images_are_those_of_the_prior() -> None:
+    images = draw(ToyMethod(quantized((3, 2, 1))), 200)
+    assert images.shape == (200, 3, 2, 2)
+    assert [len(images[:, channel].unique()) for channel in range(3)] == [3, 2, 1]
+    assert torch.equal(images, draw(ToyMethod(quantized((3, 2, 1))), 200))

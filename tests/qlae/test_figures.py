@@ -176,9 +176,43 @@ def test_curves(tmp_path: Path, saved: list[Figure]) -> None:
     metrics = write_metrics(tmp_path / "metrics.csv", "\n".join([header, *rows]) + "\n")
     figures.plot_curves(metrics, tmp_path / "curves.png")
     check(saved[0], tmp_path / "curves.png")
-    assert panel_titles(saved[0]) == [title for title, _, _ in figures.PANELS]
+    assert panel_titles(saved[0]) == [
+        "InfoMEC on held-out images",
+        "Reconstruction",
+        "Active latents on held-out images",
+        "Training loss",
+        "Quantization and commitment loss",
+        "Perplexity on held-out images",
+    ]
     active = saved[0].axes[2].lines[0]
     assert active.get_xydata().tolist() == [[step, step / 1000] for step in range(2000, 10001, 2000)]
+
+
+def test_curves_of_a_gan_show_both_losses_and_the_gap(tmp_path: Path, saved: list[Figure]) -> None:
+    text = "step,train_critic_loss,train_critic_gap,train_generator_loss\n4,9,1.5,\n8,8,1.25,-2\n"
+    figures.plot_curves(write_metrics(tmp_path / "metrics.csv", text), tmp_path / "curves.png")
+    check(saved[0], tmp_path / "curves.png")
+    losses, gap = (axes.lines for axes in saved[0].axes)
+    assert [line.get_label() for line in losses] == ["critic", "generator"]
+    assert losses[1].get_xydata().tolist() == [[8.0, -2.0]]
+    assert gap[0].get_xydata().tolist() == [[4.0, 1.5], [8.0, 1.25]]
+
+
+@pytest.mark.parametrize("count", [1, 8, 20])
+def test_samples(count: int, tmp_path: Path, saved: list[Figure]) -> None:
+    figures.plot_samples(torch.rand(count, 3, 8, 16), tmp_path / "samples.png")
+    check(saved[0], tmp_path / "samples.png")
+    assert len(saved[0].axes[0].images) == count
+
+
+def test_traversals_say_what_the_numbers_are(tmp_path: Path, saved: list[Figure]) -> None:
+    strip = random_strips([3])[0]
+    figures.plot_traversals([strip], np.array([True]), tmp_path / "range.png", discrete=False)
+    numbered = replace(strip, values=np.array([3, 17, 511]))
+    figures.plot_traversals([numbered], np.array([True]), tmp_path / "codes.png")
+    texts = [{text.get_text() for text in figure.axes[0].texts} for figure in saved]
+    assert {"Each row moves one latent through its range", "-0.50", "0.00", "0.50"} <= texts[0]
+    assert {"the base image's own code; numbers are codes", "3", "17", "511"} <= texts[1]
 
 
 def test_curves_without_factors_with_gaps_and_other_columns(tmp_path: Path, saved: list[Figure]) -> None:

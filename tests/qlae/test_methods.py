@@ -1,13 +1,15 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from qlae.config import TrainConfig
+from qlae.config import METHOD_OPTIONS, TrainConfig
 from qlae.errors import UserError
-from qlae.methods import METHODS, Method, build_method
+from qlae.methods import METHODS, Method, build_method, with_method_options
 from qlae.methods.base import batch_psnr, clip_gradients, split_parameters
 from qlae.metrics import psnr
 
@@ -32,22 +34,26 @@ def build(config: TrainConfig = CONFIG, shape: tuple[int, int, int] = SHAPE) -> 
     return build_method(config, shape)
 
 
+def split(method: Method) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    return split_parameters(method.encoder, method.decoder, method.latent)
+
+
 def names_of(method: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
     identities = {id(parameter) for parameter in parameters}
     return {name for name, parameter in method.named_parameters() if id(parameter) in identities}
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=f"'vae'.*{', '.join(METHODS)}"):
-        build(replace(CONFIG, method="vae"))
+    with pytest.raises(UserError, match=f"'gae'.*{', '.join(METHODS)}"):
+        build(replace(CONFIG, method="gae"))
 
 
 @pytest.mark.parametrize("network", ["compact", "small"])
 def test_all_but_biases_and_codebook_is_regularized(network: str) -> None:
     method = build(replace(CONFIG, network=network), (3, 32, 32))
-    regularized, free = (names_of(method, group) for group in split_parameters(method))
+    regularized, free = (names_of(method, group) for group in split(method))
     everything = {name for name, _ in method.named_parameters()}
-    assert free == {name for name in everything if name.endswith("bias")} | {"quantizer.codebook"}
+    assert free == {name for name in everything if name.endswith("bias")} | {"latent.quantizer.codebook"}
     assert regularized == everything - free
     if network == "small":
         # an instance norm's weight and the decoder's constant
@@ -60,7 +66,7 @@ def test_decay_and_clip_reach_the_regularized_parameters_alone() -> None:
     config = replace(CONFIG, learning_rate=0.01, weight_decay=0.5, gradient_clip=1e-3)
     method = build(config)
     before = {name: parameter.detach().clone() for name, parameter in method.named_parameters()}
-    regularized, _ = (names_of(method, group) for group in split_parameters(method))
+    regularized, _ = (names_of(method, group) for group in split(method))
     for parameter in method.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
     clip_gradients(method.optimizer)
@@ -80,7 +86,7 @@ def test_first_step_equals_the_written_out_objective(images: torch.Tensor) -> No
     result = method.training_step(images)
 
     z = plain.encoder(images)
-    codebook = plain.quantizer.codebook
+    codebook = plain.latent.quantizer.codebook
     index = (z[:, :, None] - codebook).abs().argmin(dim=2)
     codes = torch.take_along_dim(codebook.expand(len(z), -1, -1), index[:, :, None], dim=2)[:, :, 0]
     logits = plain.decoder(codes.detach() + (z - z.detach()))
@@ -91,7 +97,7 @@ def test_first_step_equals_the_written_out_objective(images: torch.Tensor) -> No
     torch.testing.assert_close(result["quantization"], quantization.detach())
     torch.testing.assert_close(result["loss"], (reconstruction + quantization).detach())
 
-    regularized, free = split_parameters(plain)
+    regularized, free = split(plain)
     nn.utils.clip_grad_value_(regularized, 1.0)
     torch.optim.AdamW(
         [{"params": regularized, "weight_decay": 0.1}, {"params": free, "weight_decay": 0.0}],
@@ -108,9 +114,9 @@ def test_first_step_equals_the_written_out_objective(images: torch.Tensor) -> No
 
 def test_the_codebook_learns(images: torch.Tensor) -> None:
     method = build()
-    before = method.quantizer.codebook.detach().clone()
+    before = method.latent.quantizer.codebook.detach().clone()
     method.training_step(images)
-    assert not torch.equal(method.quantizer.codebook, before)
+    assert not torch.equal(method.latent.quantizer.codebook, before)
 
 
 def test_the_loss_falls(images: torch.Tensor) -> None:
@@ -127,14 +133,14 @@ def test_step_values_are_detached_scalars(images: torch.Tensor) -> None:
 
 def test_encoding_and_decoding_agree_with_the_training_path(images: torch.Tensor) -> None:
     method = build()
-    indices, reconstructions = method.encode_and_reconstruct(images)
-    assert indices.shape == (16, 6) and not indices.is_floating_point()
+    codes, reconstructions = method.encode_and_reconstruct(images)
+    assert codes.shape == (16, 6) and not codes.is_floating_point()
     with torch.no_grad():
-        quantized, expected_indices, _ = method.quantizer(method.encoder(images))
+        quantized, expected_indices, _ = method.latent.quantizer(method.encoder(images))
         expected = method.decoder(quantized).sigmoid()
-    assert torch.equal(indices, expected_indices)
+    assert torch.equal(codes, expected_indices)
     assert torch.equal(reconstructions, expected)
-    assert torch.equal(method.decode_indices(indices), expected)
+    assert torch.equal(method.decode(codes), expected)
     assert torch.equal(method.reconstruct(images), expected)
     assert reconstructions.min() >= 0.0 and reconstructions.max() <= 1.0
 
@@ -155,7 +161,64 @@ def test_learning_rate_factor_scales_every_group() -> None:
 def test_binary_cross_entropy_is_the_mean_over_all_elements(images: torch.Tensor) -> None:
     method = build()
     with torch.no_grad():
-        logits = method.decoder(method.quantizer(method.encoder(images)).quantized)
+        logits = method.decoder(method.latent.quantizer(method.encoder(images)).quantized)
         per_image = functional.binary_cross_entropy_with_logits(logits, images, reduction="none")
     expected = per_image.flatten(1).mean(dim=1).mean()
     torch.testing.assert_close(method.training_step(images)["reconstruction"], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_codes_images(method: str, images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    built = build_method(TrainConfig(method=method, num_latents=6), SHAPE)
+    before = {name: value.detach().clone() for name, value in built.named_parameters()}
+    for _ in range(6):
+        values = built.training_step(images)
+        assert all(value.shape == () and not value.requires_grad and value.isfinite() for value in values.values())
+    # six steps have one of a GAN's generator; its critic's bias has no gradient, since it cancels in the gap
+    for name, value in built.named_parameters():
+        assert torch.equal(value, before[name]) == (name == "critic.bias"), name
+    codes, reconstructions = built.encode_and_reconstruct(images)
+    assert codes.shape == (16, 6) and reconstructions.shape == images.shape
+    assert codes.is_floating_point() != built.latent.discrete
+    assert torch.equal(codes, built.encode(images))
+
+
+def test_every_option_of_a_method_is_known_and_every_known_one_is_used() -> None:
+    assert {name for method in METHODS.values() for name in method.options} == set(METHOD_OPTIONS)
+
+
+def test_an_option_without_a_value_has_the_methods_own() -> None:
+    config = with_method_options(TrainConfig(method="vqvae", commitment_weight=0.5))
+    assert (config.levels, config.quantization_weight, config.commitment_weight) == (512, 1.0, 0.5)
+    assert (config.beta, config.codebook, config.critic_steps) == (None, None, None)
+    assert with_method_options(config) == config
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("ae", {"beta": 2.0}, "--beta 2.0: the method ae has no such option, leave it out; .* vae, tcvae"),
+        ("vae", {"levels": 4}, "--levels 4: .*qlae, qlinfowgan-gp, vqvae, fsq"),
+        ("qlae", {"critic_steps": 3}, "--critic-steps 3: .*qlinfowgan-gp, infowgan-gp"),
+        ("fsq", {"codebook": "fixed"}, "--codebook fixed: "),
+    ],
+)
+def test_an_option_of_another_method_is_refused(method: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(TrainConfig(method=method, num_latents=6, **changes))
+
+
+def test_the_documents_table_has_every_method_with_its_options() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    table = text[text.index("| METHOD | latents |") : text.index("Quantization is a weight")]
+    found = {}
+    for line in table.splitlines()[2:]:
+        cells = re.split(r"(?<!\\)\|", line)
+        if len(cells) > 4:
+            options = re.findall(r"`--(\S+) (\S+)`", cells[4])
+            found[cells[1].strip(" `")] = {name.replace("-", "_"): value for name, value in options}
+    expected = {
+        name: {option: str(value) for option, value in method.options.items()} for name, method in METHODS.items()
+    }
+    assert found == expected

@@ -15,7 +15,7 @@ def parameter_count(module: nn.Module) -> int:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("num_latents", [1, 12])
 def test_shapes(name: str, num_latents: int) -> None:
-    encoder, decoder = build_network(name, image_shape=(3, 64, 64), num_latents=num_latents)
+    encoder, decoder = build_network(name, image_shape=(3, 64, 64), features=num_latents, width=num_latents)
     latents = encoder(torch.rand(2, 3, 64, 64))
     assert latents.shape == (2, num_latents)
     assert decoder(latents).shape == (2, 3, 64, 64)
@@ -23,12 +23,12 @@ def test_shapes(name: str, num_latents: int) -> None:
 
 @pytest.mark.parametrize("name", ["paper", "small"])
 def test_other_sizes_that_the_strides_allow(name: str) -> None:
-    encoder, decoder = build_network(name, image_shape=(3, 32, 48), num_latents=4)
+    encoder, decoder = build_network(name, image_shape=(3, 32, 48), features=4, width=4)
     assert decoder(encoder(torch.rand(2, 3, 32, 48))).shape == (2, 3, 32, 48)
 
 
 def test_compact_takes_any_size() -> None:
-    encoder, decoder = build_network("compact", image_shape=(3, 8, 5), num_latents=4)
+    encoder, decoder = build_network("compact", image_shape=(3, 8, 5), features=4, width=4)
     assert decoder(encoder(torch.rand(2, 3, 8, 5))).shape == (2, 3, 8, 5)
 
 
@@ -36,16 +36,16 @@ def test_compact_takes_any_size() -> None:
 @pytest.mark.parametrize("size", [16, 40, 63])
 def test_a_size_that_cannot_be_taken_is_named(name: str, size: int) -> None:
     with pytest.raises(UserError, match=rf"{name}.*multiples of 16 from 32.*{size} x {size}"):
-        build_network(name, image_shape=(3, size, size), num_latents=4)
+        build_network(name, image_shape=(3, size, size), features=4, width=4)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"'huge'.*compact, paper, small"):
-        build_network("huge", image_shape=(3, 64, 64), num_latents=4)
+        build_network("huge", image_shape=(3, 64, 64), features=4, width=4)
 
 
 def test_paper_has_the_published_layers() -> None:
-    encoder, decoder = build_network("paper", image_shape=(3, 64, 64), num_latents=12)
+    encoder, decoder = build_network("paper", image_shape=(3, 64, 64), features=12, width=12)
     widths = [32, 32, 32, 64, 64, 64, 128, 128, 128, 256, 256, 256]
     kernels = [3, 3, 4] * 4
     convolution_weights = sum(
@@ -66,7 +66,7 @@ def test_paper_has_the_published_layers() -> None:
 
 
 def test_paper_sizes_inside() -> None:
-    encoder, decoder = build_network("paper", image_shape=(3, 64, 64), num_latents=12)
+    encoder, decoder = build_network("paper", image_shape=(3, 64, 64), features=12, width=12)
     strides = [layer.stride[0] for layer in encoder.convolutions if isinstance(layer, nn.Conv2d)]
     assert strides == [1, 1, 2] * 4
     assert [block.convolution.stride[0] for block in decoder.blocks] == [1, 1, 2] * 4
@@ -75,7 +75,7 @@ def test_paper_sizes_inside() -> None:
 
 
 def test_small_has_four_layers_each_way() -> None:
-    encoder, decoder = build_network("small", image_shape=(3, 64, 64), num_latents=12)
+    encoder, decoder = build_network("small", image_shape=(3, 64, 64), features=12, width=12)
     layers = [layer for layer in encoder.convolutions if isinstance(layer, nn.Conv2d)]
     assert [layer.out_channels for layer in layers] == [64, 128, 256, 512]
     assert [block.convolution.out_channels for block in decoder.blocks] == [512, 256, 128, 64]
@@ -84,7 +84,7 @@ def test_small_has_four_layers_each_way() -> None:
 
 
 def test_encoder_block_is_convolution_norm_leak() -> None:
-    encoder, _ = build_network("small", image_shape=(3, 32, 32), num_latents=4)
+    encoder, _ = build_network("small", image_shape=(3, 32, 32), features=4, width=4)
     convolution, norm = encoder.convolutions[0], encoder.convolutions[1]
     norm.weight.data.uniform_()
     norm.bias.data.uniform_()
@@ -117,7 +117,7 @@ def test_styled_block_is_convolution_leak_norm_modulation() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_learns(name: str) -> None:
     torch.manual_seed(0)
-    encoder, decoder = build_network(name, image_shape=(3, 32, 32), num_latents=4)
+    encoder, decoder = build_network(name, image_shape=(3, 32, 32), features=4, width=4)
     decoder(encoder(torch.rand(4, 3, 32, 32))).square().sum().backward()
     for module in (encoder, decoder):
         for parameter_name, parameter in module.named_parameters():

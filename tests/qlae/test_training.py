@@ -19,7 +19,7 @@ from qlae.checkpoint import WEIGHTS, load_training_state
 from qlae.config import TrainConfig
 from qlae.data import held_out_split
 from qlae.errors import UserError
-from qlae.methods.qlae import QLAE
+from qlae.methods.autoencoder import Autoencoder
 from qlae.run_folder import RunFolder
 from qlae.training import (
     BatchSampler,
@@ -127,7 +127,8 @@ def test_the_progress_bar_shows_loss_psnr_and_rate(
 def test_the_written_configuration_is_complete(tiny_config: TrainConfig, tmp_path: Path) -> None:
     quiet(tiny_config, tmp_path / "run")
     _, config = RunFolder.open(tmp_path / "run")
-    assert config == replace(tiny_config, num_latents=6, resolution=4)
+    own = {"levels": 10, "codebook": "learned", "quantization_weight": 0.3, "commitment_weight": 0.3}
+    assert config == replace(tiny_config, num_latents=6, resolution=4, **own)
 
 
 def test_the_same_seed_gives_the_same_run(tiny_config: TrainConfig, tmp_path: Path) -> None:
@@ -173,6 +174,32 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert resume(saved, tmp_path / "stopped", progress=False).reason == "finished"
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
     assert (tmp_path / "stopped" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("method", ["qlinfowgan-gp", "infowgan-gp"])
+@pytest.mark.parametrize("step", [3, 10, 12])
+def test_a_gan_resumed_within_a_critic_cycle_equals_one_that_never_stopped(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, step: int
+) -> None:
+    """The generator learns in steps 5, 10, 15 and 20, wherever the run stops."""
+    config = replace(tiny_config, method=method)
+    quiet(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert quiet(config, tmp_path / "stopped").step == step
+    _, saved = RunFolder.open(tmp_path / "stopped")
+    torch.rand(7)
+    resume(saved, tmp_path / "stopped", progress=False)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    assert load_training_state(tmp_path / "stopped" / "checkpoint")["method"]["critic_steps_taken"] == 20
+
+
+def test_a_value_that_comes_every_few_steps_is_averaged_over_those(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    """With an evaluation every 4 steps the first row has no generator's loss."""
+    quiet(replace(tiny_config, method="infowgan-gp", evaluation_every=4, steps=12), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        losses = [row["train_generator_loss"] for row in csv.DictReader(file)]
+    assert losses[0] == "" and all(math.isfinite(float(loss)) for loss in losses[1:])
 
 
 def test_a_run_that_broke_off_goes_on_from_its_last_checkpoint(
@@ -279,6 +306,15 @@ def test_a_loss_that_diverges_stops_with_its_step_and_the_last_good_checkpoint(
     assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].startswith("8,")
 
 
+def test_a_gan_that_diverges_names_the_loss(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator's parameters break after its first step, so the critic sees them in the next."""
+    do_before_step(monkeypatch, 5, lambda trainer: trainer.method.decoder.bias.data.fill_(math.nan))
+    with pytest.raises(DivergedError, match="the critic loss became nan in step 6"):
+        quiet(replace(tiny_config, method="infowgan-gp"), tmp_path / "run")
+
+
 def test_an_interrupted_run_that_has_diverged_is_not_saved(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,16 +333,16 @@ def test_weights_that_are_not_finite_are_never_saved(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of step 8 is still finite; its update is not."""
-    original = QLAE.training_step
+    original = Autoencoder.training_step
     steps = iter(range(1, 100))
 
-    def training_step(method: QLAE, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def training_step(method: Autoencoder, images: torch.Tensor) -> dict[str, torch.Tensor]:
         values = original(method, images)
         if next(steps) == 8:
             method.encoder.dense[0].weight.data[0, 0] = math.nan
         return values
 
-    monkeypatch.setattr(QLAE, "training_step", training_step)
+    monkeypatch.setattr(Autoencoder, "training_step", training_step)
     with pytest.raises(DivergedError, match=r"after step 8 the weights encoder\.dense\.0\.weight .*no checkpoint"):
         quiet(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -326,7 +362,8 @@ def test_an_existing_run_is_untouched(tiny_config: TrainConfig, tmp_path: Path) 
         ({"data": "nothing"}, "nothing"),
         ({"network": "huge"}, "huge"),
         ({"network": "paper"}, "multiples of 16"),
-        ({"method": "vae"}, "vae"),
+        ({"method": "gae"}, "gae"),
+        ({"method": "ae", "beta": 1.0}, "--beta 1.0"),
         ({"device": "tpu"}, "--device"),
         ({"levels": 0}, "--levels"),
     ],
@@ -400,11 +437,11 @@ def test_cosine_schedule() -> None:
 
 
 def test_means_do_not_depend_on_when_they_are_taken() -> None:
-    values = [{"loss": torch.tensor(0.1 * step)} for step in range(9)]
+    values = [0.1 * step for step in range(9)]
     at_once, in_parts = RunningMeans(), RunningMeans()
-    at_once.add(values)
+    at_once.add("loss", values)
     for start, end in ((0, 1), (1, 6), (6, 9)):
-        in_parts.add(values[start:end])
+        in_parts.add("loss", values[start:end])
     assert at_once == in_parts
     assert at_once.means()["loss"] == pytest.approx(0.4)
 
