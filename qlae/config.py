@@ -18,6 +18,7 @@ def without(meaning: str) -> Callable[[str], str]:
     return lambda default: f"(default: {meaning if default == 'None' else default})"
 
 
+SPLITS = ("held-out", "reference")
 SCHEDULES = ("constant", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -37,6 +38,9 @@ class TrainConfig:
     """Where downloaded data files lie."""
     resolution: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint=without("the data set's own"))] = None
     """Height and width of the images."""
+    split: Annotated[str, arg(metavar="{held-out,reference}")] = "held-out"
+    """Images to train on: `held-out` leaves out those that are scored, `reference` takes all, as the publication's
+    code does. The same images are scored either way."""
     network: Annotated[str, arg(metavar="{compact,small,paper}")] = "compact"
     """Encoder and decoder: `compact` for small images on a CPU, `paper` as published for 64 pixels, `small`
     its shallower variant."""
@@ -123,6 +127,7 @@ def check(config: TrainConfig) -> None:
         _require(config, name, math.isfinite(value) and value >= 0, "0 or more")
     _require(config, "warmup_steps", 0 <= config.warmup_steps <= config.steps, "between 0 and --steps")
     _require(config, "seed", 0 <= config.seed < 2**63, "between 0 and 2**63 - 1")
+    _require(config, "split", config.split in SPLITS, f"one of {', '.join(SPLITS)}")
     _require(config, "schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     _require(config, "device", config.device in DEVICES, f"one of {', '.join(DEVICES)}")
 

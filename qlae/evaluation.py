@@ -164,7 +164,7 @@ def _infomec_scores(scores: InfoMEC) -> dict[str, float]:
 def _strip(model: Method, base: Tensor, latent: int, values: np.ndarray, max_codes: int) -> TraversalStrip:
     order = np.argsort(values, kind="stable")
     base_rank = int(np.flatnonzero(order == int(base[latent]))[0])
-    ranks = _spread(len(values), max_codes, base_rank)
+    ranks = spread(len(values), max_codes, base_rank)
     codes = order[ranks]
     indices = base.repeat(len(codes), 1)
     indices[:, latent] = torch.as_tensor(codes, device=base.device)
@@ -176,7 +176,7 @@ def _strip(model: Method, base: Tensor, latent: int, values: np.ndarray, max_cod
     )
 
 
-def _spread(length: int, count: int, kept: int) -> np.ndarray:
+def spread(length: int, count: int, kept: int) -> np.ndarray:
     """At most `count` even ranks of 0..length - 1, ascending; the one nearest to `kept` becomes it."""
     if length <= count:
         return np.arange(length)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from qlae.checkpoint import load_training_state, save_checkpoint
 from qlae.config import DEFAULT_NUM_LATENTS, TrainConfig, check
-from qlae.data import Dataset, held_out_split, load_dataset
+from qlae.data import SPLITS, Dataset, load_dataset
 from qlae.errors import UserError
 from qlae.evaluation import Evaluation, evaluate
 from qlae.figures import write_figures
@@ -263,7 +263,7 @@ class Trainer:
         self.method = method
         self.run_folder = run
         self.progress = progress
-        train_index, self.evaluation_index = held_out_split(len(dataset))
+        train_index, self.evaluation_index = SPLITS[config.split](len(dataset))
         self.sampler = BatchSampler(train_index, config.batch_size, config.seed)
         self.step = 0
         self.means = RunningMeans()
