@@ -87,7 +87,7 @@ class Data:
     """The data set to prepare or show."""
     root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
     """Where downloaded data files lie."""
-    resolution: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint=without("the data set's own"))] = None
+    resolution: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint=without("the largest one"))] = None
     """Height and width of the images that are shown."""
     image: Annotated[int | None, arg(metavar="N", help_behavior_hint=without("a fixed one"))] = None
     """Index of the image that is shown with each factor varied."""
@@ -267,10 +267,12 @@ def _data(command: Data) -> int:
 
 
 def _show(command: Data) -> int:
-    from qlae.data import load_dataset
+    from qlae.data import DATASETS, load_dataset
     from qlae.figures import plot_factors
 
-    dataset = load_dataset(command.name, resolution=command.resolution, root=command.root)
+    offered = DATASETS[command.name].resolutions if command.name in DATASETS else ()
+    resolution = command.resolution or max(offered, default=None)
+    dataset = load_dataset(command.name, resolution=resolution, root=command.root)
     if not dataset.factors:
         raise UserError(f"{command.name} has no known factors to vary: give a name that `qlae data list` lists")
     if command.image is not None and not 0 <= command.image < len(dataset):
@@ -327,7 +329,7 @@ def score_table(evaluation: "Evaluation") -> str:
             ),
         ]
     rows += [
-        ("PSNR", f"{evaluation.psnr:.2f} dB", "reconstruction of held-out images"),
+        ("PSNR", f"{evaluation.psnr:.2f} dB", "reconstruction of the evaluation images"),
         (
             "active",
             f"{evaluation.active.sum()} of {len(evaluation.active)}",

@@ -72,9 +72,9 @@ class TrainConfig:
     commitment_weight: Annotated[float, arg(metavar="X")] = 0.3
     """Weight of the loss that draws latents to their codebook values."""
     evaluation_every: Annotated[int, arg(metavar="N")] = 2_500
-    """Steps between evaluations on the held-out images; each also writes a checkpoint."""
+    """Steps between evaluations; each also writes a checkpoint."""
     seed: Annotated[int, arg(metavar="N")] = 0
-    """Seed of the first weights and of the order of the images. The held-out images do not depend on it."""
+    """Seed of the first weights and of the order of the images. The evaluation images do not depend on it."""
     device: Annotated[str, arg(metavar="{auto,cpu,cuda}")] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
 

@@ -40,12 +40,12 @@ GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 # Title, name of the vertical axis, and columns of metrics.csv with their names for a person.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("InfoMEC on held-out images", "score", {"infom": "InfoM", "infoc": "InfoC", "infoe": "InfoE"}),
-    ("Reconstruction", "PSNR in dB", {"train_psnr": "training", "psnr": "held-out"}),
-    ("Active latents on held-out images", "latents", {"active": "active"}),
+    ("InfoMEC on evaluation images", "score", {"infom": "InfoM", "infoc": "InfoC", "infoe": "InfoE"}),
+    ("Reconstruction", "PSNR in dB", {"train_psnr": "training", "psnr": "evaluation"}),
+    ("Active latents on evaluation images", "latents", {"active": "active"}),
     ("Training loss", "loss", {"train_loss": "total", "train_reconstruction": "reconstruction"}),
     ("Quantization and commitment loss", "loss", {"train_quantization": "training"}),
-    ("Perplexity on held-out images", "codes per latent", {"mean_perplexity": "mean over latents"}),
+    ("Perplexity on evaluation images", "codes per latent", {"mean_perplexity": "mean over latents"}),
 )
 NOT_DRAWN = frozenset({"step", "learning_rate"})
 

@@ -51,7 +51,7 @@ class Outcome:
     Attributes:
         reason: `finished`, `time limit` or `interrupted`.
         step: steps taken since the run began.
-        evaluation: on the held-out images; None if interrupted.
+        evaluation: on the evaluation images; None if interrupted.
         signal: the number of the signal that interrupted; None otherwise.
     """
 
@@ -433,6 +433,8 @@ class Trainer:
         weights = sum(parameter.numel() for parameter in self.method.parameters())
         return (
             f"data     {self.dataset.describe()}\n"
+            f"split    {config.split}: {len(self.sampler.indices):,} images to train on, "
+            f"{len(self.evaluation_index):,} to score\n"
             f"model    {config.method}, network {config.network}, {weights:,} parameters, "
             f"{config.num_latents} latents of {config.levels} codes\n"
             f"device   {place}\n"

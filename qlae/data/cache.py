@@ -144,13 +144,13 @@ class ImageCache:
             header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
             file.seek(0)
-            checksum = crc32(file.read())
+            checksum, written = crc32(file.read()), 0
             for block in blocks:
                 pixels = np.ascontiguousarray(block, dtype=np.uint8)
                 file.write(pixels)
                 checksum = crc32(pixels, checksum)
+                written += len(pixels)
                 progress.update(len(pixels))
-            written = progress.n
             file.flush()
             os.fsync(file.fileno())
         if written != self.shape[0]:

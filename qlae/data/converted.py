@@ -163,7 +163,7 @@ def resized(images: np.ndarray) -> np.ndarray:
     """Images uint8 [n, C, H, W] at 64 x 64: bicubic (Keys, a = -0.5) with antialiasing, clipped, rounded to uint8."""
     if images.shape[2:] == (SIZE, SIZE):
         return images
-    pixels = torch.from_numpy(images).float()
+    pixels = torch.from_numpy(images.astype(np.float32))
     smaller = interpolate(pixels, size=(SIZE, SIZE), mode="bicubic", antialias=True)
     return smaller.clamp_(0.0, 255.0).round_().to(torch.uint8).numpy()
 
@@ -178,8 +178,11 @@ def grid_order(path: Path, labels: np.ndarray, factors: tuple[Factor, ...]) -> n
         labels: numbers [N, n_s], one row an image.
 
     Raises:
-        UserError: a factor has another number of values, or the rows are not every combination once.
+        UserError: a label is not finite, a factor has another number of values, or the rows are not every combination
+            once.
     """
+    if not np.isfinite(labels).all():
+        raise UserError(f"{path} is not the published file: it has labels that are not numbers; get it again")
     columns = []
     for column, factor in zip(labels.T, factors, strict=True):
         values, positions = np.unique(column, return_inverse=True)
