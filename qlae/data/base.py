@@ -51,7 +51,7 @@ class Dataset(ABC):
 
     @classmethod
     def state(cls, root: Path) -> str:
-        """Whether the set can be loaded from the data root: built in, converted, downloaded or missing."""
+        """Whether the set can be loaded from the data root: built in, converted, downloaded, damaged or missing."""
         return "built in"
 
     def fingerprint(self) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from qlae.data.base import Factor
 from qlae.data.converted import BLOCK_IMAGES, SIZE, ConvertedDataset, reading, resized
@@ -63,13 +62,10 @@ class Cars3D(ConvertedDataset):
 
 def car_files(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
     """Name and content of each car's file, in the order of the archive, which is read once from front to end."""
-    try:
-        with tarfile.open(path, "r|gz") as archive:
-            for member in archive:
-                if member.isfile() and member.name.startswith(PREFIX) and member.name.endswith(SUFFIX):
-                    yield member.name, io.BytesIO(archive.extractfile(member).read())
-    except tarfile.TarError as error:
-        raise OSError(str(error)) from error
+    with tarfile.open(path, "r|gz") as archive:
+        for member in archive:
+            if member.isfile() and member.name.startswith(PREFIX) and member.name.endswith(SUFFIX):
+                yield member.name, io.BytesIO(archive.extractfile(member).read())
 
 
 def car_images(path: Path, name: str, file: io.BytesIO, views: tuple[int, int]) -> np.ndarray:
@@ -79,8 +75,10 @@ def car_images(path: Path, name: str, file: io.BytesIO, views: tuple[int, int]) 
     """
     try:
         image = loadmat(file).get("im")
-    except (MatReadError, ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{path}: {name} cannot be read as a MATLAB file ({error}); get it again") from error
+    # on damaged input it raises almost anything
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: {name} cannot be read as a MATLAB file ({reason}); get it again") from error
     elevations, azimuths = views
     wanted = (STORED_SIZE, STORED_SIZE, 3, azimuths, elevations)
     if image is None or (image.shape, image.dtype) != (wanted, np.dtype(np.uint8)):

@@ -1,7 +1,5 @@
 """What the downloaded sets have in common: files that are checked, converted once, and then read by index."""
 
-import zipfile
-import zlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,7 +113,12 @@ class ConvertedDataset(Dataset):
 
     @classmethod
     def state(cls, root: Path) -> str:
-        if cls.edition(root).cache(root).fault(origin=None) is None:
+        try:
+            chosen = cls.edition(root)
+        except UserError:
+            # a list of all sets is not the place for what loading this one says
+            return "damaged"
+        if chosen.cache(root).fault(origin=None) is None:
             return "converted"
         missing = len(missing_files(root, cls.files))
         if missing == 0:
@@ -204,6 +207,9 @@ def reading(path: Path, kind: str, file: SourceFile) -> Iterator[None]:
     """Turns what readers raise on a damaged or foreign file into a UserError that names it."""
     try:
         yield
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
+    except UserError:
+        raise
+    # on damaged input decoders raise almost anything: KeyError, RuntimeError, TokenError, struct.error, ...
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read as {kind} ({reason}): get {file.address} again") from error

@@ -126,3 +126,9 @@ def test_a_flipped_bit_is_noticed_where_no_digest_is_known(tmp_path: Path, compr
     with pytest.raises(UserError, match=r"cannot be read as an \.npz file"):
         loader.load(root=tmp_path)
     assert not list(tmp_path.rglob("*.npy")) + list(tmp_path.rglob("*.partial"))
+
+
+def test_a_damaged_file_does_not_spoil_the_list_of_sets(tmp_path: Path) -> None:
+    loader = write(tmp_path, images=pixels())
+    (tmp_path / "mpi3d_toy.npz").write_bytes(b"not an archive")
+    assert loader.state(tmp_path) == "damaged"
