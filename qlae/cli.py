@@ -104,10 +104,21 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Data:
-    """Say which data sets there are, and which files they need."""
+    """List the data sets, get one ready, or draw what its factors do."""
 
-    action: Positional[Literal["list"]] = "list"
-    """What to do."""
+    action: Positional[Literal["list", "prepare", "show"]] = "list"
+    """`list` says which there are; `prepare` downloads one where that is possible, checks and converts it; `show`
+    draws it, one row per factor."""
+    name: Annotated[Positional[str | None], arg(metavar="[NAME]", help_behavior_hint=without("none"))] = None
+    """The data set to prepare or show."""
+    root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
+    """Where downloaded data files lie."""
+    resolution: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint=without("the largest one"))] = None
+    """Height and width of the images that are shown."""
+    image: Annotated[int | None, arg(metavar="N", help_behavior_hint=without("a fixed one"))] = None
+    """Index of the image that is shown with each factor varied."""
+    output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=without("NAME-factors.png"))] = None
+    """Picture to write."""
 
 
 @dataclass(frozen=True)
@@ -316,11 +327,37 @@ def _write_nmi(scores: "InfoMEC", path: Path) -> None:
 
 
 def _data(command: Data) -> int:
-    from qlae.data import DATASETS
+    from qlae.data.prepare import list_datasets, prepare
 
-    for name, dataset in DATASETS.items():
-        print(f"{name:<10}{dataset.summary}")
-    print(f"{'FOLDER':<10}any folder of images, without known factors")
+    if command.action == "list":
+        print(list_datasets(command.root))
+        return 0
+    if command.name is None:
+        raise UserError(f"qlae data {command.action} needs the name of a data set; `qlae data list` lists them")
+    if command.action == "prepare":
+        print(prepare(command.name, command.root).describe())
+        return 0
+    return _show(command)
+
+
+def _show(command: Data) -> int:
+    from qlae.data import DATASETS, load_dataset
+    from qlae.figures import plot_factors
+
+    offered = DATASETS[command.name].resolutions if command.name in DATASETS else ()
+    resolution = command.resolution or max(offered, default=None)
+    dataset = load_dataset(command.name, resolution=resolution, root=command.root)
+    if not dataset.factors:
+        raise UserError(f"{command.name} has no known factors to vary: give a name that `qlae data list` lists")
+    if command.image is not None and not 0 <= command.image < len(dataset):
+        raise UserError(f"--image {command.image}: {dataset.name} has images 0 to {len(dataset) - 1}")
+    path = command.output or Path(f"{dataset.name}-factors.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_factors(dataset, path, image=command.image)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
+    print(path)
     return 0
 
 
@@ -366,7 +403,7 @@ def score_table(evaluation: "Evaluation") -> str:
             ),
         ]
     rows += [
-        ("PSNR", f"{evaluation.psnr:.2f} dB", "reconstruction of held-out images"),
+        ("PSNR", f"{evaluation.psnr:.2f} dB", "reconstruction of the evaluation images"),
         (
             "active",
             f"{evaluation.active.sum()} of {len(evaluation.active)}",

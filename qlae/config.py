@@ -21,6 +21,7 @@ def without(meaning: str) -> Callable[[str], str]:
 # how an option is shown that only some methods have
 OWN = without("the method's own")
 
+SPLITS = ("held-out", "reference")
 SCHEDULES = ("constant", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 CODEBOOKS = ("learned", "global", "fixed")
@@ -41,6 +42,9 @@ class TrainConfig:
     """Where downloaded data files lie."""
     resolution: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint=without("the data set's own"))] = None
     """Height and width of the images."""
+    split: Annotated[str, arg(metavar="{held-out,reference}")] = "held-out"
+    """Images to train on: `held-out` leaves out those that are scored, `reference` takes all, as the publication's
+    code does. The same images are scored either way."""
     network: Annotated[str, arg(metavar="{compact,small,paper}")] = "compact"
     """Encoder and decoder: `compact` for small images on a CPU, `paper` as published for 64 pixels, `small`
     its shallower variant."""
@@ -87,9 +91,9 @@ class TrainConfig:
     latent_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint=OWN)] = None
     """Weight of the loss between drawn and inferred latents (qlinfowgan-gp, infowgan-gp)."""
     evaluation_every: Annotated[int, arg(metavar="N")] = 2_500
-    """Steps between evaluations on the held-out images; each also writes a checkpoint."""
+    """Steps between evaluations; each also writes a checkpoint."""
     seed: Annotated[int, arg(metavar="N")] = 0
-    """Seed of the first weights and of the order of the images. The held-out images do not depend on it."""
+    """Seed of the first weights and of the order of the images. The evaluation images do not depend on it."""
     device: Annotated[str, arg(metavar="{auto,cpu,cuda}")] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
 
@@ -128,6 +132,7 @@ def check(config: TrainConfig) -> None:
     _require(config, "codebook", config.codebook in (None, *CODEBOOKS), f"one of {', '.join(CODEBOOKS)}")
     _require(config, "warmup_steps", 0 <= config.warmup_steps <= config.steps, "between 0 and --steps")
     _require(config, "seed", 0 <= config.seed < 2**63, "between 0 and 2**63 - 1")
+    _require(config, "split", config.split in SPLITS, f"one of {', '.join(SPLITS)}")
     _require(config, "schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     _require(config, "device", config.device in DEVICES, f"one of {', '.join(DEVICES)}")
 

@@ -175,7 +175,7 @@ def _infomec_scores(scores: InfoMEC) -> dict[str, float]:
 def _strip(model: Method, base: Tensor, latent: int, positions: Tensor, max_codes: int) -> TraversalStrip:
     positions = positions.to(base)
     base_rank = int((positions - base[latent]).abs().argmin())
-    ranks = _spread(len(positions), max_codes, base_rank)
+    ranks = spread(len(positions), max_codes, base_rank)
     codes = positions[torch.as_tensor(ranks, device=base.device)]
     base_position = int(np.flatnonzero(ranks == base_rank)[0])
     codes[base_position] = base[latent]
@@ -189,7 +189,7 @@ def _strip(model: Method, base: Tensor, latent: int, positions: Tensor, max_code
     )
 
 
-def _spread(length: int, count: int, kept: int) -> np.ndarray:
+def spread(length: int, count: int, kept: int) -> np.ndarray:
     """At most `count` even ranks of 0..length - 1, ascending; the one nearest to `kept` becomes it."""
     if length <= count:
         return np.arange(length)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,7 +18,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from qlae.data import Dataset
-from qlae.evaluation import Evaluation, TraversalStrip, draw, traverse
+from qlae.data.base import index_of_factors
+from qlae.evaluation import Evaluation, TraversalStrip, draw, spread, traverse
 from qlae.methods.base import Method
 from qlae.metrics import InfoMEC, psnr_per_image
 from qlae.run_folder import RunFolder
@@ -33,15 +35,17 @@ TEXT, SMALL_TEXT = 9.0, 7.5
 
 # Sizes in inches, of pictures made of tiles.
 TILE, GAP, MARGIN = 0.72, 0.06, 0.15
+MAX_FACTOR_VALUES = 16
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 # images drawn from a GAN's prior
 SAMPLES = 64
 
 # Title, name of the vertical axis, and columns of metrics.csv with their names for a person.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("InfoMEC on held-out images", "score", {"infom": "InfoM", "infoc": "InfoC", "infoe": "InfoE"}),
-    ("Reconstruction", "PSNR in dB", {"train_psnr": "training", "psnr": "held-out"}),
-    ("Active latents on held-out images", "latents", {"active": "active"}),
+    ("InfoMEC on evaluation images", "score", {"infom": "InfoM", "infoc": "InfoC", "infoe": "InfoE"}),
+    ("Reconstruction", "PSNR in dB", {"train_psnr": "training", "psnr": "evaluation"}),
+    ("Active latents on evaluation images", "latents", {"active": "active"}),
     ("Training loss", "loss", {"train_loss": "total", "train_reconstruction": "reconstruction"}),
     (
         "Training losses of critic and generator",
@@ -67,7 +71,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         },
     ),
     ("Latents' losses", "loss", {"train_nonnegativity": "nonnegativity", "train_activity": "activity"}),
-    ("Perplexity on held-out images", "codes per latent", {"mean_perplexity": "mean over latents"}),
+    ("Perplexity on evaluation images", "codes per latent", {"mean_perplexity": "mean over latents"}),
 )
 NOT_DRAWN = frozenset({"step", "learning_rate"})
 
@@ -206,6 +210,42 @@ def plot_samples(images: Tensor, path: Path, *, columns: int = 8) -> None:
     for position, image in enumerate(images):
         row, column = divmod(position, columns)
         _draw(axes, image, MARGIN + column * (TILE + GAP), MARGIN + row * (height + GAP), TILE)
+    _save(axes.get_figure(), path)
+
+
+def plot_factors(
+    dataset: Dataset, path: Path, *, image: int | None = None, max_values: int = MAX_FACTOR_VALUES
+) -> None:
+    """One row per factor: an image of the set as that factor alone takes each of its values in turn.
+
+    The image's own value is framed. Numbers are the values' positions, from 0.
+
+    Args:
+        dataset: one with factors.
+        path: the PNG file to write.
+        image: index of the image to start from; None takes a fixed one.
+        max_values: of a factor with more values, this many evenly spread ones are shown, the image's own among them.
+    """
+    base = _base_sources(dataset, image)
+    rows = [spread(factor.size, max_values, int(own)) for factor, own in zip(dataset.factors, base, strict=True)]
+    _, height, width = dataset.image_shape
+    caption, head = 0.22, 0.62
+    # the normal text's letters are on average a little narrower than this
+    label = 0.3 + 0.08 * max(len(factor.name) for factor in dataset.factors)
+    row_height = TILE * height / width + caption
+    total = max(label + max(map(len, rows)) * (TILE + GAP) + MARGIN, 6.4)
+    axes = _canvas(total, head + len(rows) * row_height + MARGIN)
+    title = f"{dataset.name}: each row varies one factor of the same image"
+    _write(axes, title, MARGIN, 0.2, size=TEXT, ha="left", va="center")
+    axes.add_patch(_frame(MARGIN, 0.36, 0.13, 0.13))
+    _write(axes, "the image itself; numbers are positions of values", 0.36, 0.43, ha="left", va="center")
+    for position, (factor, values) in enumerate(zip(dataset.factors, rows, strict=True)):
+        top = head + position * row_height
+        middle = top + (row_height - caption) / 2
+        _write(axes, factor.name, label - 0.12, middle - 0.09, size=TEXT, ha="right", va="center")
+        count = f"{factor.size} values"
+        _write(axes, count, label - 0.12, middle + 0.09, color=GREY, ha="right", va="center")
+        _draw_values(axes, dataset, base, position, values, label, top)
     _save(axes.get_figure(), path)
 
 
@@ -354,6 +394,32 @@ def _draw_strip(axes: Axes, strip: TraversalStrip, left: float, top: float, opac
         # a code without a value is its number
         text = f"{value:z.2f}" if strip.values.dtype.kind == "f" else str(value)
         _write(axes, text, x + TILE / 2, top + height + 0.03, va="top", **style)
+
+
+def _base_sources(dataset: Dataset, image: int | None) -> Tensor:
+    """Factor positions, int64 [n_s], of an image; without one, of one in which factors of equal size differ."""
+    if image is None:
+        # multiples of the golden ratio, modulo 1, lie far from each other
+        return torch.tensor([int(factor.size * (GOLDEN * (i + 1) % 1.0)) for i, factor in enumerate(dataset.factors)])
+    return dataset.sources(torch.tensor([image]))[0].cpu()
+
+
+def _draw_values(
+    axes: Axes, dataset: Dataset, base: Tensor, position: int, values: np.ndarray, left: float, top: float
+) -> None:
+    """Puts the images in which factor `position` has each of `values` in a row, the base's own in a frame."""
+    sources = base.repeat(len(values), 1)
+    sources[:, position] = torch.from_numpy(values)
+    images = dataset.images(index_of_factors(sources, dataset.factors)).cpu()
+    height = TILE * images.shape[2] / images.shape[3]
+    for column, (image, value) in enumerate(zip(images, values, strict=True)):
+        x = left + column * (TILE + GAP)
+        _draw(axes, image, x, top, TILE)
+        style = {"color": GREY}
+        if value == base[position]:
+            axes.add_patch(_frame(x, top, TILE, height))
+            style = {"color": VERMILLION, "weight": "bold"}
+        _write(axes, str(value), x + TILE / 2, top + height + 0.03, va="top", **style)
 
 
 def _read_columns(metrics_file: Path) -> dict[str, list[float | None]]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from qlae.checkpoint import load_training_state, save_checkpoint
 from qlae.config import DEFAULT_NUM_LATENTS, TrainConfig, check
-from qlae.data import Dataset, held_out_split, load_dataset
+from qlae.data import SPLITS, Dataset, load_dataset
 from qlae.errors import UserError
 from qlae.evaluation import Evaluation, evaluate
 from qlae.figures import write_figures
@@ -58,7 +58,7 @@ class Outcome:
     Attributes:
         reason: `finished`, `time limit` or `interrupted`.
         step: steps taken since the run began.
-        evaluation: on the held-out images; None if interrupted.
+        evaluation: on the evaluation images; None if interrupted.
         signal: the number of the signal that interrupted; None otherwise.
     """
 
@@ -285,7 +285,7 @@ class Trainer:
         self.method = method
         self.run_folder = run
         self.progress = progress
-        train_index, self.evaluation_index = held_out_split(len(dataset))
+        train_index, self.evaluation_index = SPLITS[config.split](len(dataset))
         self.sampler = BatchSampler(train_index, config.batch_size, config.seed)
         self.step = 0
         self.means = RunningMeans()
@@ -459,6 +459,8 @@ class Trainer:
         weights = sum(parameter.numel() for parameter in self.method.parameters())
         return (
             f"data     {self.dataset.describe()}\n"
+            f"split    {config.split}: {len(self.sampler.indices):,} images to train on, "
+            f"{len(self.evaluation_index):,} to score\n"
             f"model    {config.method}, network {config.network}, {weights:,} parameters, "
             f"{self.method.latent.describe()}\n"
             f"device   {place}\n"

@@ -1,29 +1,41 @@
 """Data sets by name, any folder of images, and the split that keeps some images out of training.
 
-A new data set is one file here, with a class that derives from `Dataset` and has a `load` like the others,
-and one line in `DATASETS`.
+A new data set is one file here, with a class that derives from `ConvertedDataset` (or from `Dataset`, with a `load`
+like the others), and one line in `DATASETS`.
 """
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qlae.data.base import Dataset, Factor
+from qlae.data.cars3d import Cars3D
+from qlae.data.dsprites import DSprites
+from qlae.data.falcor3d import Falcor3D
 from qlae.data.image_folder import ImageFolder
+from qlae.data.isaac3d import Isaac3D
+from qlae.data.mpi3d import MPI3DComplex, MPI3DReal, MPI3DRealistic, MPI3DToy
 from qlae.data.rooms3d import Rooms3D
 from qlae.data.shapes3d import Shapes3D
+from qlae.data.smallnorb import SmallNORB
+from qlae.data.splits import SPLITS, held_out_split, reference_split
 from qlae.errors import UserError
 
-__all__ = ["DATASETS", "Dataset", "Factor", "held_out_split", "load_dataset"]
+__all__ = ["DATASETS", "SPLITS", "Dataset", "Factor", "held_out_split", "load_dataset", "reference_split"]
 
-DATASETS = {
+DATASETS: dict[str, type[Dataset]] = {
     "rooms3d": Rooms3D,
     "shapes3d": Shapes3D,
+    "mpi3d_toy": MPI3DToy,
+    "mpi3d_realistic": MPI3DRealistic,
+    "mpi3d_real": MPI3DReal,
+    "mpi3d_complex": MPI3DComplex,
+    "falcor3d": Falcor3D,
+    "isaac3d": Isaac3D,
+    "dsprites": DSprites,
+    "cars3d": Cars3D,
+    "smallnorb": SmallNORB,
 }
-
-EVALUATION_IMAGES = 10_000
-SPLIT_SEED = 20230530
 
 
 def load_dataset(
@@ -52,20 +64,3 @@ def load_dataset(
         return ImageFolder.load(folder, resolution=resolution, device=device)
     names = ", ".join(sorted(DATASETS))
     raise UserError(f"no data set or folder '{name_or_folder}': give one of {names}, or a folder of images")
-
-
-def held_out_split(length: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and to evaluate on: int64, sorted, disjoint, together 0 to length - 1.
-
-    A tenth of the images, at most 10,000 and at least one, is kept for evaluation. The choice is the
-    beginning of a fixed permutation; the training seed has no part in it, so that all runs are scored on the
-    same images.
-
-    Raises:
-        UserError: fewer than two images.
-    """
-    if length < 2:
-        raise UserError(f"{length} image(s) cannot be split: give at least 2, one to train on and one to evaluate")
-    count = max(1, min(EVALUATION_IMAGES, length // 10))
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return order[count:].sort().values, order[:count].sort().values

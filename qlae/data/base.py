@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Dataset(ABC):
         summary: one line about the set as such; `describe()` speaks of this instance.
         image_shape: (3, height, width).
         factors: the known sources in stored order, the last one varying fastest; empty if none are known.
+        resolutions: heights and widths, in pixels, at which it can be loaded.
+        licence: under which the images may be used.
         device: where images and sources are returned.
     """
 
@@ -31,6 +34,8 @@ class Dataset(ABC):
     summary: str
     image_shape: tuple[int, int, int]
     factors: tuple[Factor, ...] = ()
+    resolutions: tuple[int, ...] = ()
+    licence: str = ""
     device: torch.device
 
     @abstractmethod
@@ -43,6 +48,11 @@ class Dataset(ABC):
     @abstractmethod
     def sources(self, index: Tensor) -> Tensor:
         """Factor positions of `index` (int64 [B]) as int64 [B, n_s] on `device`; n_s = 0 without factors."""
+
+    @classmethod
+    def state(cls, root: Path) -> str:
+        """Whether the set can be loaded from the data root: built in, converted, downloaded, damaged or missing."""
+        return "built in"
 
     def fingerprint(self) -> str:
         """What tells these images from others: a run is scored and continued on the images it was trained with."""

@@ -1,8 +1,10 @@
-"""Finding downloaded files and making sure, once, that they are what their publisher put there."""
+"""Downloaded files: where they lie, where they come from, and whether they are what their publisher put there."""
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,39 +16,65 @@ DEFAULT_ROOT = "data"
 BLOCK_BYTES = 1 << 22
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a data set, as its publisher offers it.
+
+    Attributes:
+        path: where it belongs, relative to the data root.
+        address: where to get it.
+        digest: `ALGORITHM:HEXADECIMAL`; None where none is known.
+        by_hand: what a person has to do at the address; empty if the address is that of the file itself.
+    """
+
+    path: str
+    address: str
+    digest: str | None = None
+    by_hand: str = ""
+
+    def instruction(self, root: Path) -> str:
+        """What to fetch, from where, and where to put it."""
+        place = root / self.path
+        if self.by_hand:
+            return f"open {self.address} in a browser, {self.by_hand}, so that {place} is there"
+        return f"download {self.address} into the folder {place.parent}"
+
+
 def data_root(root: str | Path | None) -> Path:
     """Where downloaded files lie: `root`, else the environment variable QLAE_DATA, else the folder `data`."""
     return Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
 
 
-def find_file(root: str | Path | None, file_name: str, address: str) -> Path:
-    """The path of `file_name` in the data root.
+def missing_files(root: Path, files: Sequence[SourceFile]) -> list[SourceFile]:
+    """Those of `files` that are not below `root`."""
+    return [file for file in files if not (root / file.path).is_file()]
 
-    Raises:
-        UserError: it is not there; the message says where to get it and where to put it.
-    """
-    folder = data_root(root)
-    path = folder / file_name
-    if not path.is_file():
+
+def require_files(root: Path, files: Sequence[SourceFile]) -> None:
+    """Raises UserError that says where to get the first missing file and where to put it."""
+    for file in missing_files(root, files):
         raise UserError(
-            f"{path} is missing: download {address} into the folder {folder}, "
-            f"or set {ROOT_VARIABLE} to the folder that holds {file_name}"
+            f"{root / file.path} is missing: {file.instruction(root)}, "
+            f"or set {ROOT_VARIABLE} to the folder that holds {file.path}"
         )
-    return path
 
 
-def check_digest(path: Path, algorithm: str, expected: str) -> None:
-    """Compare a file's digest with its published value, and remember a match beside it in `<file>.checked`.
+def check_digest(path: Path, digest: str) -> None:
+    """Compare a file with its published digest, and remember a match beside it in `<file>.checked`.
 
     A later call trusts that note as long as the file has the same size and modification time.
     A folder that cannot be written to costs the note, not the check.
 
+    Args:
+        digest: `ALGORITHM:HEXADECIMAL`, the algorithm one of hashlib's.
+
     Raises:
         UserError: the digest differs.
     """
+    algorithm, _, expected = digest.partition(":")
     stat = path.stat()
     note = {"size": stat.st_size, "modified_ns": stat.st_mtime_ns, algorithm: expected}
-    note_path = path.with_name(path.name + ".checked")
+    note_path = note_of(path)
     if read_note(note_path) == note:
         return
     found = file_digest(path, algorithm)
@@ -59,15 +87,21 @@ def check_digest(path: Path, algorithm: str, expected: str) -> None:
         note_path.write_text(json.dumps(note))
 
 
-def read_note(path: Path) -> dict[str, int | str] | None:
-    """The note of an earlier check, or None where there is none or it is not readable as one."""
+def note_of(path: Path) -> Path:
+    """Where `check_digest` remembers that a file was checked."""
+    return path.with_name(path.name + ".checked")
+
+
+def read_note(path: Path) -> dict[str, object] | None:
+    """A note about a file, or None where there is none or it is not readable as one."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        note = json.loads(path.read_text())
     except ValueError:
-        # a note cut short by a crash proves nothing, so the file is checked again
+        # a note cut short by a crash proves nothing, so what it is about is checked again
         return None
+    return note if isinstance(note, dict) else None
 
 
 def file_digest(path: Path, algorithm: str) -> str:

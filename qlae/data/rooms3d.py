@@ -60,6 +60,8 @@ class Rooms3D(Dataset):
     name = "rooms3d"
     summary = "a room with one object in six factors, our own rendering, nothing to download"
     factors = FACTORS
+    resolutions = RESOLUTIONS
+    licence = "Apache-2.0"
 
     def __init__(self, resolution: int = 32, device: torch.device | str = "cpu") -> None:
         if resolution not in RESOLUTIONS:

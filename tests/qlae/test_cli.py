@@ -18,6 +18,7 @@ from qlae import figures, training
 from qlae.checkpoint import STATE, WEIGHTS
 from qlae.cli import main
 from qlae.config import TrainConfig, option
+from qlae.data import DATASETS
 from qlae.methods import METHODS
 from qlae.metrics import infomec
 from qlae.training import Trainer
@@ -133,7 +134,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "list"]) == 0
     output = capsys.readouterr().out
-    assert "our own rendering" in output and "3dshapes.h5" in output
+    assert all(name in output for name in DATASETS)
+    assert "our own rendering" in output and "CC BY 4.0" in output and "missing" in output
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -187,6 +189,7 @@ def test_what_cannot_be_parsed_exits_with_2(capsys: pytest.CaptureFixture[str], 
         (["--network", "huge"], "unknown network 'huge': choose one of compact, paper, small"),
         (["--preset", "best"], "unknown preset 'best': choose one of default, paper"),
         (["--device", "tpu"], "--device is tpu, which should be one of auto, cpu, cuda"),
+        (["--split", "none"], "--split is none, which should be one of held-out, reference"),
         (["--schedule", "linear"], "--schedule is linear, which should be one of constant, cosine"),
         (["--levels", "0"], "--levels is 0, which should be at least 1"),
         (["--time-limit", "0"], "--time-limit is 0.0, which should be a positive number of minutes"),

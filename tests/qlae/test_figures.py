@@ -10,8 +10,10 @@ from PIL import Image
 
 from qlae import figures
 from qlae.config import TrainConfig
-from qlae.data import load_dataset
+from qlae.data import Dataset, load_dataset
+from qlae.data.rooms3d import Rooms3D
 from qlae.evaluation import TraversalStrip, evaluate
+from qlae.figures import plot_factors
 from qlae.methods import build_method
 from qlae.metrics import InfoMEC, code_counts, infomec, perplexity
 from qlae.run_folder import RunFolder
@@ -250,3 +252,32 @@ def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
     assert {path.name for path in run.figures.iterdir()} == without_factors
     figures.write_figures(run, method, dataset, evaluation)
     assert {path.name for path in run.figures.iterdir()} == without_factors | {"nmi.png"}
+
+
+def test_factors_are_varied_alone(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_draw", lambda axes, image, *place: drawn.append(image[:, 0, 0] * 3))
+    # index 27 is red 1, green 2, blue 3
+    plot_factors(tiny, tmp_path / "factors.png", image=27)
+    rows = torch.stack(drawn).round().long().view(3, 4, 3)
+    for factor in range(3):
+        expected = torch.tensor([1, 2, 3]).repeat(4, 1)
+        expected[:, factor] = torch.arange(4)
+        assert torch.equal(rows[factor], expected)
+
+
+def test_of_many_values_some_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_draw", lambda *arguments: drawn.append(arguments))
+    plot_factors(Rooms3D(16), tmp_path / "factors.png", max_values=5)
+    # five of each but shape's four
+    assert len(drawn) == 5 * 5 + 4
+
+
+def test_the_picture_of_factors_has_room_for_long_names(
+    tiny: Dataset, saved: list[Figure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = replace(tiny.factors[0], name="lighting_intensity_of_the_room")
+    monkeypatch.setattr(tiny, "factors", (longest, *tiny.factors[1:]))
+    plot_factors(tiny, tmp_path / "factors.png")
+    check(saved[0], tmp_path / "factors.png")

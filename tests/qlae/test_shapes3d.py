@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from qlae.data.base import Factor
-from qlae.data.shapes3d import ADDRESS, Release, Shapes3D
+from qlae.data.shapes3d import Shapes3D
 from qlae.errors import UserError
 
 SIZES = (2, 2, 1, 2, 2, 3)
 FACTORS = tuple(Factor(f"f{position}", size) for position, size in enumerate(SIZES))
 LENGTH = 48
+ADDRESS = "https://storage.googleapis.com/3d-shapes/3dshapes.h5"
 
 
 def labels() -> np.ndarray:
@@ -26,11 +28,17 @@ def labels() -> np.ndarray:
     return np.array(list(itertools.product(*values)))
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> Release:
+def small(digest: str) -> type[Shapes3D]:
+    """The loader of a file of 48 images with that sha256."""
+    file = replace(Shapes3D.files[0], digest=f"sha256:{digest}")
+    return type("Small", (Shapes3D,), {"factors": FACTORS, "files": (file,)})
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> type[Shapes3D]:
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, chunks=(7, *array.shape[1:]), compression="gzip")
-    return Release(hashlib.sha256(path.read_bytes()).hexdigest(), FACTORS)
+    return small(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @pytest.fixture
@@ -44,12 +52,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def release(path: Path, pixels: np.ndarray) -> Release:
+def loader(path: Path, pixels: np.ndarray) -> type[Shapes3D]:
     return write(path, {"images": pixels, "labels": labels()})
 
 
-def test_images_are_those_of_the_file(path: Path, release: Release, pixels: np.ndarray) -> None:
-    dataset = Shapes3D(path, release=release)
+def test_images_are_those_of_the_file(tmp_path: Path, loader: type[Shapes3D], pixels: np.ndarray) -> None:
+    dataset = loader.load(root=tmp_path)
     index = torch.tensor([5, 47, 0, 5])
     expected = pixels[index.numpy()].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
     images = dataset.images(index)
@@ -59,50 +67,41 @@ def test_images_are_those_of_the_file(path: Path, release: Release, pixels: np.n
     assert torch.equal(images, torch.from_numpy(expected))
 
 
-def test_sources_are_positions_of_the_labels(path: Path, release: Release) -> None:
-    dataset = Shapes3D(path, release=release)
+def test_sources_are_positions_of_the_labels(tmp_path: Path, loader: type[Shapes3D]) -> None:
     expected = list(itertools.product(*(range(size) for size in SIZES)))
-    assert dataset.sources(torch.arange(LENGTH)).tolist() == [list(row) for row in expected]
+    sources = loader.load(root=tmp_path).sources(torch.arange(LENGTH))
+    assert sources.tolist() == [list(row) for row in expected]
 
 
-def test_lower_resolution_averages_blocks(path: Path, release: Release, pixels: np.ndarray) -> None:
-    images = Shapes3D(path, 16, release=release).images(torch.tensor([3]))
+def test_lower_resolution_averages_blocks(tmp_path: Path, loader: type[Shapes3D], pixels: np.ndarray) -> None:
+    images = loader.load(root=tmp_path, resolution=16).images(torch.tensor([3]))
     expected = pixels[3].reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)).transpose(2, 0, 1) / 255
     # 16 float32 values below 1 are summed
     assert np.allclose(images[0].numpy(), expected, atol=16 * np.finfo(np.float32).eps, rtol=0)
 
 
-def test_file_is_decoded_and_checked_once(path: Path, release: Release, pixels: np.ndarray) -> None:
-    Shapes3D(path, release=release)
-    decoded = [file for file in path.parent.iterdir() if file.suffix == ".npy"]
-    assert len(decoded) == 1
-    changed = pixels.copy()
-    changed[0] = 0
-    np.save(decoded[0], changed)
-    assert Shapes3D(path, release=release).images(torch.tensor([0])).sum() == 0
+def test_the_published_set_is_declared() -> None:
+    assert [factor.size for factor in Shapes3D.factors] == [10, 10, 10, 8, 4, 15]
+    digest = "0a0f6ed98baff276a50f3a081a7434d788da63cb135a98189b2a5b5769be1785"
+    assert (Shapes3D.files[0].path, Shapes3D.files[0].digest) == ("3dshapes.h5", f"sha256:{digest}")
 
 
-def test_changed_file_is_checked_again(path: Path, release: Release) -> None:
-    Shapes3D(path, release=release)
+def test_changed_file_is_checked_again(tmp_path: Path, path: Path, loader: type[Shapes3D]) -> None:
+    loader.load(root=tmp_path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(0, 0))
     with pytest.raises(UserError, match="sha256"):
-        Shapes3D(path, release=release)
+        loader.load(root=tmp_path)
 
 
 @pytest.mark.parametrize("note", ["", "{", '{"size": 1}', "[]"])
-def test_damaged_note_of_a_check_is_not_trusted(path: Path, release: Release, note: str) -> None:
+def test_damaged_note_of_a_check_is_not_trusted(tmp_path: Path, path: Path, loader: type[Shapes3D], note: str) -> None:
     path.with_name("3dshapes.h5.checked").write_text(note)
     with pytest.raises(UserError, match="sha256"):
-        Shapes3D(path, release=Release("0" * 64, FACTORS))
-    Shapes3D(path, release=release)
-
-
-def test_nothing_unfinished_is_left_behind(path: Path, release: Release) -> None:
-    Shapes3D(path, release=release)
-    assert not list(path.parent.glob("*.partial"))
+        small("0" * 64).load(root=tmp_path)
+    loader.load(root=tmp_path)
 
 
 def test_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
@@ -112,27 +111,27 @@ def test_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
     assert ADDRESS in str(caught.value)
 
 
-def test_wrong_digest(path: Path, release: Release) -> None:
+def test_wrong_digest(tmp_path: Path, loader: type[Shapes3D]) -> None:
     with pytest.raises(UserError, match="download it again"):
-        Shapes3D(path, release=Release("0" * 64, FACTORS))
+        small("0" * 64).load(root=tmp_path)
 
 
-def test_small_file_is_not_the_published_set(path: Path, release: Release) -> None:
+def test_small_file_is_not_the_published_set(tmp_path: Path, loader: type[Shapes3D]) -> None:
     with pytest.raises(UserError, match=r"\(48, 64, 64, 3\), wanted uint8 \(480000, 64, 64, 3\)"):
-        Shapes3D.load(root=path.parent)
+        Shapes3D.load(root=tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 100, 20_000])
-def test_truncated_file(path: Path, release: Release, kept: int) -> None:
+def test_truncated_file(tmp_path: Path, path: Path, loader: type[Shapes3D], kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"3dshapes\.h5 cannot be read as HDF5"):
-        Shapes3D(path, release=release)
+        loader.load(root=tmp_path)
 
 
-def test_other_content(path: Path) -> None:
+def test_other_content(tmp_path: Path, path: Path) -> None:
     path.write_text("not HDF5")
     with pytest.raises(UserError, match="cannot be read as HDF5"):
-        Shapes3D(path)
+        Shapes3D.load(root=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,22 +144,25 @@ def test_other_content(path: Path) -> None:
         ({"labels": labels()[:, :5]}, "'labels' is float64"),
         ({"labels": labels()[::-1]}, "not in the published order"),
         ({"labels": np.round(labels())}, "'f0' has 1 values, wanted 2"),
+        ({"labels": np.concatenate([labels()[:-1], labels()[:1]])}, "do not name every image once"),
     ],
 )
-def test_wrong_arrays(path: Path, pixels: np.ndarray, change: dict[str, np.ndarray | None], message: str) -> None:
+def test_wrong_arrays(
+    tmp_path: Path, path: Path, pixels: np.ndarray, change: dict[str, np.ndarray | None], message: str
+) -> None:
     arrays = {"images": pixels, "labels": labels()} | change
-    release = write(path, {name: array for name, array in arrays.items() if array is not None})
+    loader = write(path, {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(UserError, match=message):
-        Shapes3D(path, release=release)
-    assert not list(path.parent.glob("*.npy"))
+        loader.load(root=tmp_path)
+    assert not list(tmp_path.rglob("*.npy")) + list(tmp_path.rglob("*.partial"))
 
 
-def test_no_room_to_decode(path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_to_convert(tmp_path: Path, loader: type[Shapes3D], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=LENGTH * 64 * 64 * 3 - 1))
     with pytest.raises(UserError, match="no room"):
-        Shapes3D(path, release=release)
+        loader.load(root=tmp_path)
 
 
-def test_other_resolutions_are_refused(path: Path, release: Release) -> None:
+def test_other_resolutions_are_refused(tmp_path: Path, loader: type[Shapes3D]) -> None:
     with pytest.raises(UserError, match="16, 32 and 64"):
-        Shapes3D(path, 48, release=release)
+        loader.load(root=tmp_path, resolution=48)

@@ -400,6 +400,29 @@ def test_held_out_images_are_never_trained_on(
     assert not seen & set(evaluation_index.tolist())
 
 
+def test_the_reference_split_trains_on_all_images_and_scores_the_same(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    scored: list[torch.Tensor] = []
+    original, original_evaluate = BatchSampler.next, training.evaluate
+
+    def spy(sampler: BatchSampler) -> torch.Tensor:
+        indices = original(sampler)
+        seen.update(indices.tolist())
+        return indices
+
+    def spy_evaluate(method: object, dataset: object, index: torch.Tensor, **options: object) -> object:
+        scored.append(index)
+        return original_evaluate(method, dataset, index, **options)
+
+    monkeypatch.setattr(BatchSampler, "next", spy)
+    monkeypatch.setattr(training, "evaluate", spy_evaluate)
+    quiet(replace(tiny_config, split="reference"), tmp_path / "run")
+    assert seen == set(range(64))
+    assert all(torch.equal(index, held_out_split(64)[1]) for index in scored) and scored
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 25])
 def test_the_sampler_takes_every_image_once_a_pass(batch_size: int) -> None:
     sampler = BatchSampler(torch.arange(100, 110), batch_size, seed=0)

@@ -1,0 +1,69 @@
+"""Sets of numbered PNG files of 128 x 128 pixels, with a row of labels for each in one NumPy file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qlae.data.cache import Origin
+from qlae.data.converted import BLOCK_IMAGES, ConvertedDataset, grid_order, identity, reading, resized
+from qlae.data.image_folder import read_image
+from qlae.errors import UserError
+
+STORED_SIZE = 128
+
+
+class LabelledPNGs(ConvertedDataset):
+    """Images `images/000000.png` and on beside the first of `files`, which is the labels, float64 [N, n_s].
+
+    The images are put in the order of the factors by their labels, whatever their numbers are.
+    """
+
+    @classmethod
+    def check(cls, root: Path) -> None:
+        cls.labels(root)
+
+    @classmethod
+    def origin(cls, root: Path) -> Origin:
+        """Also the folder of images, whose time tells that files came or went, not that one was overwritten."""
+        folder = (root / cls.files[0].path).parent / "images"
+        return {**super().origin(root), "images": identity(folder) if folder.is_dir() else None}
+
+    @classmethod
+    def labels(cls, root: Path) -> np.ndarray:
+        """The labels mapped into memory, float64 [N, n_s]."""
+        path = root / cls.files[0].path
+        length, _, _, _ = cls.cache(root).shape
+        with reading(path, "a NumPy file", cls.files[0]):
+            labels = np.load(path, mmap_mode="r", allow_pickle=False)
+        wanted = (length, len(cls.factors))
+        if not isinstance(labels, np.ndarray) or (labels.shape, labels.dtype) != (wanted, np.dtype(np.float64)):
+            found = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "an archive"
+            raise UserError(f"{path} is not the published file: it is {found}, wanted float64 {wanted}")
+        return labels
+
+    @classmethod
+    def blocks(cls, root: Path) -> Iterator[np.ndarray]:
+        path = root / cls.files[0].path
+        folder = path.parent / "images"
+        order = grid_order(path, cls.labels(root), cls.factors)
+        for start in range(0, len(order), BLOCK_IMAGES):
+            images = [read_png(folder / f"{number:06}.png") for number in order[start : start + BLOCK_IMAGES]]
+            yield resized(np.stack(images).transpose(0, 3, 1, 2))
+
+
+def read_png(path: Path) -> np.ndarray:
+    """One image, uint8 [128, 128, 3].
+
+    Raises:
+        UserError: it is missing, damaged or of another size.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: unpack the whole archive")
+    image = read_image(path, None)
+    if image.shape != (STORED_SIZE, STORED_SIZE, 3):
+        raise UserError(
+            f"{path} is {image.shape[1]} x {image.shape[0]} pixels, wanted {STORED_SIZE} x {STORED_SIZE}: "
+            "unpack the archive again"
+        )
+    return image
