@@ -25,7 +25,7 @@ from qlae.data import Dataset, load_dataset
 from qlae.errors import UserError
 from qlae.loading import choose_device
 from qlae.methods import build_method
-from qlae.training import complete, stop_on_signals
+from qlae.training import check_time_limit, complete, stop_on_signals
 
 LOOK_SECONDS = 1.0
 # what a worker ends with when no cell could go on
@@ -54,6 +54,13 @@ def check_cells(grid: Grid) -> None:
             raise UserError(f"row {row!r} on {name}: {error}") from error
 
 
+def check_options(workers: int, time_limit: float | None) -> None:
+    """Raises UserError for numbers that no job can have."""
+    check_time_limit(time_limit)
+    if workers < 1:
+        raise UserError(f"--workers is {workers}, which should be at least 1")
+
+
 def default_workers(device: str) -> int:
     """One for each GPU that torch may use, else one for each CPU core this process may use."""
     if choose_device(device).type == "cuda":
@@ -66,7 +73,6 @@ def run_job(
     folder: GridFolder,
     *,
     workers: int,
-    device: str,
     time_limit: float | None,
     look: Callable[[], None],
 ) -> int | None:
@@ -84,7 +90,7 @@ def run_job(
         UserError: if the folder cannot be written, or workers die before they take a cell.
     """
     deadline = math.inf if time_limit is None else time.monotonic() + 60.0 * time_limit
-    crew = _Crew(grid.cells, folder, deadline, _places(device, workers))
+    crew = _Crew(grid.cells, folder, deadline, _places(grid.cells[0].config.device, min(workers, len(grid.cells))))
     told = False
     with stop_on_signals() as request:
         try:
