@@ -110,7 +110,8 @@ def _take(path: Path, owner: Owner) -> bool:
             "that can be written on a file system with hard links"
         ) from error
     finally:
-        mine.unlink(missing_ok=True)
+        if mine.exists():
+            mine.unlink()
 
 
 def _link(mine: Path, path: Path) -> bool:
