@@ -180,10 +180,10 @@ def _config(
     source: _Source, choice: Choice, data: str, row: str, layers: Sequence[Mapping[str, object]]
 ) -> TrainConfig:
     """The preset's values, replaced by those of the whole grid, then of each layer, then of the command line."""
-    values = to_plain(preset(str(source.content.get("preset", "default"))))
-    values |= source.options(source.content.get("options"), "options")
+    options = dict(source.options(source.content.get("options"), "options"))
     for layer in layers:
-        values |= layer
+        options |= layer
+    values = to_plain(preset(str(source.content.get("preset", "default")))) | options
     values |= {"data": _resolved(data), "device": choice.device}
     if choice.steps is not None:
         values["steps"] = choice.steps
