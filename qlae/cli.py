@@ -285,7 +285,7 @@ def _evaluated(path: Path, device: str) -> "tuple[Dataset, Method, Evaluation]":
 def _compare(command: Compare) -> int:
     from qlae.compare.cells import GridFolder, check_configs
     from qlae.compare.grid import Choice, load_grid
-    from qlae.compare.job import check_cells, check_options, default_workers, run_job
+    from qlae.compare.job import check_options, completed, default_workers, run_job
     from qlae.compare.progress import Reporter
     from qlae.compare.results import forget_failures, last_word, write_results
     from qlae.compare.table import markdown
@@ -298,7 +298,8 @@ def _compare(command: Compare) -> int:
     if not command.table_only:
         workers = default_workers(command.device) if command.workers is None else command.workers
         check_options(workers, command.time_limit)
-        check_cells(grid)
+        grid = completed(grid)
+        check_configs(folder, grid.cells)
         if command.retry:
             forget_failures(grid, folder)
         reporter = Reporter(folder, grid.cells, on_change=lambda: write_results(grid, folder))

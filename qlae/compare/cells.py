@@ -5,7 +5,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -100,7 +100,10 @@ def scores_of(folder: GridFolder, cell: Cell) -> dict[str, float] | None:
 
 
 def check_configs(folder: GridFolder, cells: Sequence[Cell]) -> None:
-    """Raises UserError if a cell was begun with another configuration than the grid has now."""
+    """Raises UserError if a cell was begun with another configuration than the grid has now.
+
+    What a configuration leaves to the data set is not compared.
+    """
     for cell in cells:
         run = folder.run(cell)
         if run.config_file.exists():
@@ -127,11 +130,8 @@ def check_config(run: RunFolder, cell: Cell) -> TrainConfig:
 
 def _as_completed(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
     """`config` with what it leaves to the data set as the run has it."""
-    return replace(
-        config,
-        num_latents=config.num_latents or saved.num_latents,
-        resolution=config.resolution or saved.resolution,
-    )
+    left = [field.name for field in fields(TrainConfig) if getattr(config, field.name) is None]
+    return replace(config, **{name: getattr(saved, name) for name in left})
 
 
 def publish(path: Path, content: bytes) -> None:

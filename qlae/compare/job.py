@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -34,24 +34,32 @@ PROBLEM_EXIT = 2
 _spawn = multiprocessing.get_context("spawn")
 
 
-def check_cells(grid: Grid) -> None:
-    """Raises UserError for the first data set that is not there and the first configuration that builds no model.
+def completed(grid: Grid) -> Grid:
+    """The grid with everything decided that its configurations left to the data sets.
 
-    Each data set is prepared on the way, once and not by every worker.
+    Each data set is prepared on the way, once and not by every worker, and a model is built for each row on it.
+
+    Raises:
+        UserError: for the first data set that is not there, and the first configuration that builds no model.
     """
     datasets: dict[tuple[str, int | None], Dataset] = {}
+    cells: dict[str, Cell] = {}
     for name, row in product(grid.data, grid.rows):
-        config = grid.of(name, row)[0].config
+        of_row = grid.of(name, row)
+        config = of_row[0].config
         choose_device(config.device)
         key = (config.data, config.resolution)
         if key not in datasets:
             datasets[key] = load_dataset(config.data, resolution=config.resolution, root=config.root)
         dataset = datasets[key]
         try:
+            config = complete(config, dataset)
             with torch.random.fork_rng(devices=[]):
-                build_method(complete(config, dataset), dataset.image_shape)
+                build_method(config, dataset.image_shape)
         except UserError as error:
             raise UserError(f"row {row!r} on {name}: {error}") from error
+        cells |= {cell.name: replace(cell, config=replace(config, seed=cell.config.seed)) for cell in of_row}
+    return replace(grid, cells=tuple(cells[cell.name] for cell in grid.cells))
 
 
 def check_options(workers: int, time_limit: float | None) -> None:

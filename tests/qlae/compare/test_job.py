@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import yaml
 from PIL import Image
 
 from qlae.checkpoint import load_training_state
-from qlae.compare.cells import GridFolder, State, owner, state_of
+from qlae.compare.cells import GridFolder, State, check_configs, owner, state_of
 from qlae.compare.grid import Choice, Grid, load_grid
-from qlae.compare.job import check_cells
+from qlae.compare.job import completed
 from qlae.errors import UserError
+from qlae.run_folder import RunFolder
 
 OPTIONS = {"steps": 12, "evaluation_every": 4, "batch_size": 8}
 
@@ -149,4 +151,19 @@ def test_what_builds_no_model_is_refused_before_anything_is_trained(
 ) -> None:
     comparison.write(rows, [0])
     with pytest.raises(UserError, match=message):
-        check_cells(comparison.grid)
+        completed(comparison.grid)
+
+
+def test_what_is_left_to_the_data_set_is_decided_before_anything_is_trained(grid: Grid, folder: GridFolder) -> None:
+    whole = completed(grid)
+    assert [cell.name for cell in whole.cells] == [cell.name for cell in grid.cells]
+    assert [cell.config.seed for cell in whole.cells] == [0, 0, 1, 1]
+    # twice the three factors; the images' own 4 pixels
+    assert {(cell.config.num_latents, cell.config.resolution) for cell in whole.cells} == {(6, 4)}
+    assert [cell.config.levels for cell in whole.cells] == [10, 5, 10, 5]
+    # so that a cell which was begun with more latents is not taken for one of these
+    cell = grid.cells[0]
+    RunFolder.create(folder.run(cell).path, replace(whole.cells[0].config, num_latents=7))
+    check_configs(folder, [cell])
+    with pytest.raises(UserError, match=r"--num-latents 7.* has 6 now"):
+        check_configs(folder, [whole.cells[0]])
