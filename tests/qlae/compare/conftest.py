@@ -16,6 +16,6 @@ def folder(tmp_path: Path) -> GridFolder:
 @pytest.fixture
 def grid(tiny_config: TrainConfig) -> Grid:
     """Two rows and two seeds on the tiny data set, a moment each."""
-    rows = {"QLAE": tiny_config, "five": replace(tiny_config, levels=5)}
+    rows = {"QLAE": replace(tiny_config, levels=10), "five": replace(tiny_config, levels=5)}
     cells = [Cell("tiny", row, replace(config, seed=seed)) for seed in (0, 1) for row, config in rows.items()]
     return Grid(("tiny",), tuple(rows), (0, 1), tuple(cells))
