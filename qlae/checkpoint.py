@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlae.config import TrainConfig, differences, from_plain, to_plain
-from qlae.errors import UserError
+from qlae.errors import StorageError, UserError
 
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
@@ -31,7 +31,7 @@ def save_checkpoint(folder: Path, model: nn.Module, config: TrainConfig, state: 
         state: what else a run needs; tensors, numbers, strings, and dicts, lists and tuples of them.
 
     Raises:
-        UserError: if it cannot be written; the checkpoint before it is then still there.
+        StorageError: if it cannot be written; the checkpoint before it is then still there.
     """
     new = folder.with_name(folder.name + ".new")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, model: nn.Module, config: TrainConfig, state: 
         _swap(new, folder)
     # torch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(
+        raise StorageError(
             f"cannot write the checkpoint {folder} ({error}): make room or mend the folder; "
             "the checkpoint before it is unharmed"
         ) from error
@@ -80,6 +80,11 @@ def load_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} does not fit the model ({reason}): train a new run") from error
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `folder`, or what a crash in the middle of its replacement left of it, is there."""
+    return folder.is_dir() or _previous(folder).is_dir()
 
 
 def check_data(folder: Path, fingerprint: str) -> None:

@@ -81,6 +81,43 @@ class Traverse:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Train a grid of methods, data sets and seeds as one job, and write its table and figures.
+
+    The same command goes on where it stopped; several processes and machines may run it on one folder.
+    """
+
+    grid: Annotated[Positional[str], arg(metavar="[quick|paper|ablations|FILE.yaml]")] = "quick"
+    """What to compare: `quick` needs no GPU, `paper` and `ablations` do; or a file of your own."""
+    output: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=without("runs/compare-GRID"))] = None
+    """Folder of the comparison."""
+    workers: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint=without("one for each GPU, or else CPU core"))
+    ] = None
+    """Processes, each with a cell at a time; they share the cores, and the GPUs, where there are some."""
+    device: DeviceOption = "auto"
+    """Where to compute."""
+    root: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
+    """Where downloaded data files lie."""
+    rows: Annotated[tuple[str, ...] | None, arg(metavar="LABEL ...", help_behavior_hint=without("all"))] = None
+    """Rows of the grid to keep, by their labels."""
+    data: Annotated[
+        tuple[str, ...] | None, arg(metavar="NAME|FOLDER ...", help_behavior_hint=without("the grid's"))
+    ] = None
+    """Data sets in place of the grid's."""
+    seeds: Annotated[tuple[int, ...] | None, arg(metavar="N ...", help_behavior_hint=without("the grid's"))] = None
+    """Seeds in place of the grid's."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=without("the grid's"))] = None
+    """Training steps of every cell in place of the grid's."""
+    time_limit: Annotated[float | None, arg(metavar="MINUTES", help_behavior_hint=without("none"))] = None
+    """Save and end by this time; the same command goes on later."""
+    table_only: FlagCreatePairsOff[bool] = False
+    """Train nothing: write the table and the figures of the cells that are finished."""
+    retry: FlagCreatePairsOff[bool] = False
+    """Take cells that failed up again."""
+
+
+@dataclass(frozen=True)
 class Metrics:
     """Score latents against sources, by InfoMEC and the other scores of the field; a picture shows who tells what."""
 
@@ -129,7 +166,8 @@ class Info:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code.
 
-    0: done. 1: training diverged. 2: a mistake in what was asked for. 128 + N: stopped by signal N.
+    0: done. 1: training diverged, or cells of a comparison failed. 2: a mistake in what was asked for.
+    3: cells of a comparison are left. 128 + N: stopped by signal N.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -160,6 +198,7 @@ def _parse_with(defaults: "Train", arguments: list[str]) -> object:
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Traverse, subcommand("traverse")]
         | Annotated[Metrics, subcommand("metrics")]
+        | Annotated[Compare, subcommand("compare")]
         | Annotated[Data, subcommand("data")]
         | Annotated[Info, subcommand("info")]
     )
@@ -183,6 +222,8 @@ def _run(command: object) -> int:
             return _traverse(command)
         case Metrics():
             return _metrics(command)
+        case Compare():
+            return _compare(command)
         case Data():
             return _data(command)
         case _:
@@ -279,6 +320,36 @@ def _evaluated(path: Path, device: str) -> "tuple[Dataset, Method, Evaluation]":
     dataset, method = load_model(run, config, choose_device(device))
     _, index = held_out_split(len(dataset))
     return dataset, method, evaluate(method, dataset, index)
+
+
+def _compare(command: Compare) -> int:
+    from qlae.compare.cells import GridFolder, check_configs
+    from qlae.compare.grid import Choice, load_grid
+    from qlae.compare.job import check_options, completed, default_workers, run_job
+    from qlae.compare.progress import Reporter
+    from qlae.compare.results import forget_failures, last_word, write_results
+    from qlae.compare.table import markdown
+
+    choice = Choice(command.rows, command.data, command.seeds, command.steps, command.device, command.root)
+    grid = load_grid(command.grid, choice)
+    folder = GridFolder(command.output or Path("runs") / f"compare-{Path(command.grid).stem}")
+    check_configs(folder, grid.cells)
+    number = None
+    if not command.table_only:
+        workers = default_workers(command.device) if command.workers is None else command.workers
+        check_options(workers, command.time_limit)
+        grid = completed(grid)
+        check_configs(folder, grid.cells)
+        if command.retry:
+            forget_failures(grid, folder)
+        reporter = Reporter(folder, grid.cells, on_change=lambda: write_results(grid, folder))
+        number = run_job(grid, folder, workers=workers, time_limit=command.time_limit, look=reporter.look)
+        reporter.end()
+    print(markdown(write_results(grid, folder)))
+    text, code = last_word(grid, folder)
+    print(text or f"all {len(grid.cells)} cells are finished")
+    print(f"tables and figures  {folder.path}")
+    return code if number is None else 128 + number
 
 
 def _metrics(command: Metrics) -> int:

@@ -161,12 +161,12 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
-def from_plain(values: object, origin: Path) -> TrainConfig:
+def from_plain(values: object, origin: Path | str) -> TrainConfig:
     """The inverse of `to_plain`.
 
     Args:
         values: what was read.
-        origin: the file it was read from, to be named in errors.
+        origin: the file it was read from, or the place in it, to be named in errors.
 
     Raises:
         UserError: for fields that are missing or unknown, and for values of another type or range.

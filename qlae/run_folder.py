@@ -12,7 +12,7 @@ from typing import Self
 import yaml
 
 from qlae.config import TrainConfig, from_plain, to_yaml
-from qlae.errors import UserError
+from qlae.errors import StorageError, UserError
 
 Number = int | float
 
@@ -31,7 +31,8 @@ class RunFolder:
         """Makes the folder and writes the configuration into it.
 
         Raises:
-            UserError: if something is there already (an empty folder is taken), or it cannot be written.
+            UserError: if something is there already (an empty folder is taken).
+            StorageError: if it cannot be written.
         """
         refuse_existing(path)
         run = cls(path)
@@ -39,7 +40,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             run.write_config(config)
         except OSError as error:
-            raise UserError(f"cannot write the run folder {path} ({error.strerror}): give another --output") from error
+            raise StorageError(
+                f"cannot write the run folder {path} ({error.strerror}): give another --output"
+            ) from error
         return run
 
     @classmethod

@@ -17,6 +17,9 @@ from PIL import Image
 from qlae import figures, training
 from qlae.checkpoint import STATE, WEIGHTS
 from qlae.cli import main
+from qlae.compare.cells import GridFolder
+from qlae.compare.grid import Choice, load_grid
+from qlae.compare.worker import work
 from qlae.config import TrainConfig, option
 from qlae.data import DATASETS
 from qlae.methods import METHODS
@@ -166,7 +169,7 @@ def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytes
     assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "traverse", "metrics", "info", "data"])
+@pytest.mark.parametrize("command", ["evaluate", "traverse", "metrics", "compare", "info", "data"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert f"usage: qlae {command}" in help_of(capsys, command)
 
@@ -460,3 +463,46 @@ def test_metrics_prints_its_scores_before_a_picture_that_cannot_be_written(
     assert "infom" in captured.out and "No space left on device" in captured.err
     assert Path("codes-nmi.png").read_bytes() == b"older"
     assert sorted(os.listdir()) == ["codes-nmi.png", "codes.npz", "file"]
+
+
+@pytest.fixture
+def comparison(tiny: object, without_figures: None, here: Path) -> list[str]:
+    """A comparison whose two cells are finished, and the command for it."""
+    (here / "grid.yaml").write_text(
+        "data: [tiny]\nseeds: [0]\nrows: {QLAE: {}, five: {levels: 5}}\n"
+        "options: {steps: 6, evaluation_every: 3, batch_size: 8}\n"
+    )
+    grid = load_grid("grid.yaml", Choice(device="cpu"))
+    work(grid.cells, GridFolder(Path("out")))
+    return ["compare", "grid.yaml", "--output", "out", "--device", "cpu"]
+
+
+def test_compare_draws_what_is_finished(comparison: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*comparison, "--table-only"]) == 0
+    output = capsys.readouterr().out
+    assert "| QLAE | " in output and "| five | " in output and "all 2 cells are finished" in output
+    assert {path.name for path in Path("out").iterdir()} == {
+        *("cells", "table.md", "table.csv", "table.tex", "seeds.csv", "figure-tiny.png")
+    }
+    assert main([*comparison, "--table-only", "--seeds", "0", "1", "--rows", "five"]) == 3
+    output = capsys.readouterr().out
+    assert "| five (1/2) | " in output and "QLAE" not in output and "1 cell of 2 left" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "9"], "was begun with --steps 6, and 'QLAE' on tiny has 9 now"),
+        (["--rows", "VAE"], "--rows 'VAE': grid.yaml has the rows 'QLAE', 'five'"),
+        (["--data", "shapes5d"], "no data set or folder 'shapes5d'"),
+        (["--workers", "0"], "--workers is 0, which should be at least 1"),
+        (["--time-limit", "0"], "--time-limit is 0.0, which should be a positive number of minutes"),
+        (["--seeds", "1", "1"], "which should differ"),
+    ],
+)
+def test_compare_refuses_what_cannot_be(
+    comparison: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = contents(Path("out"))
+    assert message in refused(capsys, *comparison, *arguments)
+    assert contents(Path("out")) == before

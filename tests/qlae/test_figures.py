@@ -179,12 +179,12 @@ def test_curves(tmp_path: Path, saved: list[Figure]) -> None:
     figures.plot_curves(metrics, tmp_path / "curves.png")
     check(saved[0], tmp_path / "curves.png")
     assert panel_titles(saved[0]) == [
-        "InfoMEC on held-out images",
+        "InfoMEC on evaluation images",
         "Reconstruction",
-        "Active latents on held-out images",
+        "Active latents on evaluation images",
         "Training loss",
         "Quantization and commitment loss",
-        "Perplexity on held-out images",
+        "Perplexity on evaluation images",
     ]
     active = saved[0].axes[2].lines[0]
     assert active.get_xydata().tolist() == [[step, step / 1000] for step in range(2000, 10001, 2000)]
