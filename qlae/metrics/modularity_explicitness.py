@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from qlae.metrics.fitting import fit
-from qlae.metrics.mutual_information import binned_labels, discrete_information, standardise
+from qlae.metrics.mutual_information import binned_information, standardise
 from qlae.metrics.samples import check_lengths, relabel, sources_of, split, values_of
 
 
@@ -34,10 +34,10 @@ def modularity(
     Raises:
         ValueError: as `infomec`; for `bins` below 2.
     """
-    labels, sizes = binned_labels(latents, discrete=discrete, bins=bins)
-    source_labels, source_sizes = relabel(sources_of(sources))
-    check_lengths(labels, source_labels, score="modularity")
-    squares = discrete_information(labels, sizes, source_labels, source_sizes)[source_sizes > 1] ** 2
+    information, _, source_sizes = binned_information(
+        latents, sources, discrete=discrete, bins=bins, score="modularity"
+    )
+    squares = information[source_sizes > 1] ** 2
     if len(squares) == 0:
         return 0.0
     best = squares.max(axis=0)

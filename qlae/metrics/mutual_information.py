@@ -6,7 +6,7 @@ from scipy import sparse
 from scipy.special import digamma
 from sklearn.preprocessing import StandardScaler
 
-from qlae.metrics.samples import codes_of, relabel, values_of
+from qlae.metrics.samples import check_lengths, codes_of, relabel, sources_of, values_of
 
 # Sums of some ten thousand float64 terms of size one carry errors near 1e-13: less is rounding alone.
 _ROUNDING_NATS = 1e-12
@@ -31,6 +31,28 @@ def binned_labels(latents: np.ndarray | torch.Tensor, *, discrete: bool, bins: i
         # The last edge is left out, so that the largest value falls into the last bin.
         binned[:, latent] = np.digitize(column, np.linspace(column.min(), column.max(), bins + 1)[:-1])
     return relabel(binned)
+
+
+def binned_information(
+    latents: np.ndarray | torch.Tensor,  # [N, n_z]
+    sources: np.ndarray | torch.Tensor,  # [N, n_s]
+    *,
+    discrete: bool,
+    bins: int,
+    score: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [n_s, n_z], [N, n_s], [n_s]
+    """Plug-in I(source; latent) in nats, continuous latents cut into bins; the sources' labels and their numbers.
+
+    Args:
+        score: named in errors.
+
+    Raises:
+        ValueError: as `binned_labels`; for sources that are not whole numbers, and for other lengths.
+    """
+    labels, sizes = binned_labels(latents, discrete=discrete, bins=bins)
+    source_labels, source_sizes = relabel(sources_of(sources))
+    check_lengths(labels, source_labels, score=score)
+    return discrete_information(labels, sizes, source_labels, source_sizes), source_labels, source_sizes
 
 
 def one_hot(labels: np.ndarray, sizes: np.ndarray) -> sparse.csr_array:

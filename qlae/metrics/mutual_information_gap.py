@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from qlae.metrics.mutual_information import binned_labels, discrete_information, normalised
-from qlae.metrics.samples import check_lengths, relabel, sources_of
+from qlae.metrics.mutual_information import binned_information, normalised
 
 
 def mutual_information_gap(
@@ -29,10 +28,9 @@ def mutual_information_gap(
     Raises:
         ValueError: as `infomec`; for `bins` below 2.
     """
-    labels, sizes = binned_labels(latents, discrete=discrete, bins=bins)
-    source_labels, source_sizes = relabel(sources_of(sources))
-    check_lengths(labels, source_labels, score="mutual_information_gap")
-    information = discrete_information(labels, sizes, source_labels, source_sizes)
+    information, source_labels, source_sizes = binned_information(
+        latents, sources, discrete=discrete, bins=bins, score="mutual_information_gap"
+    )
     shares = normalised(information, source_labels, source_sizes)[source_sizes > 1]
     if len(shares) == 0:
         return 0.0
