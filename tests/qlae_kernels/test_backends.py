@@ -45,7 +45,7 @@ def test_a_gpu_is_served_by_kernels_and_only_where_there_is_one() -> None:
 def test_a_named_backend_that_is_absent_says_why_and_what_to_do(name: str) -> None:
     reason = unavailable_reason(name)
     if reason is None:
-        pytest.skip(f"{name} is available here")
+        pytest.skip(f"needs a machine without the backend {name}; it is available here")
     missing, _, remedy = reason.partition("; ")
     assert missing
     assert any(verb in remedy for verb in ("install", "build", "set ", "use ")), reason
