@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from qlae_kernels import latent_quantize_reference
 from qlae_kernels.backends import select_backend
+from qlae_kernels.mask import check_mask, fill, mean_over_mask
 from qlae_kernels.problem import (
     INDEX_DTYPES,
     VALUE_DTYPES,
@@ -53,6 +54,7 @@ def latent_quantize(
     commitment_weight: float = 0.01,
     index_dtype: torch.dtype = torch.int32,
     return_indices: bool = True,
+    mask: Tensor | None = None,
     backend: str = "auto",
 ) -> LatentQuantizerOutput:
     """Map every latent to the nearest code of its own scalar codebook (arXiv 2305.18378, section 3).
@@ -73,6 +75,9 @@ def latent_quantize(
         commitment_weight: weight of the loss whose gradient moves z towards the codes.
         index_dtype: torch.uint8, int16, int32 or int64; must hold K - 1.
         return_indices: False leaves `indices` out (None) and saves writing them.
+        mask: bool, of z's shape without `channel_dim`, on z's device. Where it is False, z is not looked at, whatever
+            it holds: `quantized` and `indices` are 0, no gradient flows, and the loss is the mean over the other
+            positions (0 if there are none). It costs passes over z of its own.
         backend: "auto", "cpu", "reference", "triton" or "cuda".
 
     A z that is NaN or infinite yields index 0, NaN in `quantized`, and a NaN or infinite loss.
@@ -84,6 +89,19 @@ def latent_quantize(
     """
     if levels is not None:
         levels = _as_levels(levels)
+    if mask is not None:
+        return _quantize_masked(
+            z,
+            codebook,
+            mask,
+            levels=levels,
+            channel_dim=channel_dim,
+            quantization_weight=quantization_weight,
+            commitment_weight=commitment_weight,
+            index_dtype=index_dtype,
+            return_indices=return_indices,
+            backend=backend,
+        )
     if is_compiling() or type(z) not in _PLAIN_TENSORS or type(codebook) not in _PLAIN_TENSORS:
         from qlae_kernels.latent_quantize_ops import latent_quantize_op
 
@@ -123,6 +141,19 @@ def latent_quantize(
         None if contiguous else memory_order(z),
     )
     return LatentQuantizerOutput._make(LatentQuantizeFunction.apply(z, codebook, call))
+
+
+def _quantize_masked(
+    z: Tensor, codebook: Tensor, mask: Tensor, *, channel_dim: int, **options: Any
+) -> LatentQuantizerOutput:
+    check_tensors(z, codebook)
+    check_shapes(z.shape, codebook.shape, channel_dim)
+    check_mask(mask, z.shape, channel_dim, z.device)
+    output = latent_quantize(fill(z, codebook, mask, channel_dim), codebook, channel_dim=channel_dim, **options)
+    masked_out = ~mask.unsqueeze(channel_dim)
+    quantized = output.quantized.to(z.dtype).masked_fill(masked_out, 0)
+    indices = None if output.indices is None else output.indices.masked_fill(masked_out, 0)
+    return LatentQuantizerOutput(quantized, indices, mean_over_mask(output.loss, mask))
 
 
 class Call(NamedTuple):
@@ -242,16 +273,8 @@ def make_call(
     for name, value in (("z", dtype), ("codebook", codebook_dtype)):
         if value not in VALUE_DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {_short(value)}")
-    dims = len(shape)
-    if not -dims <= channel_dim < dims:
-        raise ValueError(f"channel_dim {channel_dim} is out of range for z of shape {tuple(shape)}")
-    channel_dim %= dims
-    num_latents = shape[channel_dim]
-    if len(codebook_shape) != 2 or codebook_shape[0] not in (1, num_latents) or codebook_shape[1] < 1:
-        raise ValueError(
-            f"codebook must have shape [{num_latents}, K] or [1, K] with K >= 1 for z of shape {tuple(shape)} and "
-            f"channel_dim {channel_dim}; got {tuple(codebook_shape)}"
-        )
+    check_shapes(shape, codebook_shape, channel_dim)
+    channel_dim %= len(shape)
     if device != codebook_device:
         raise ValueError(f"z and codebook must be on one device; got {device} and {codebook_device}")
     check_index_dtype(index_dtype, codebook_shape[1])
@@ -276,6 +299,19 @@ def make_call(
 
 # Checks, plans and launchers are made once per problem.
 cached_call = lru_cache(maxsize=1024)(make_call)
+
+
+def check_shapes(shape: torch.Size, codebook_shape: torch.Size, channel_dim: int) -> None:
+    """Raise ValueError unless the codebook [D, K] or [1, K] serves the D latents at z's `channel_dim`."""
+    dims = len(shape)
+    if not -dims <= channel_dim < dims:
+        raise ValueError(f"channel_dim {channel_dim} is out of range for z of shape {tuple(shape)}")
+    num_latents = shape[channel_dim]
+    if len(codebook_shape) != 2 or codebook_shape[0] not in (1, num_latents) or codebook_shape[1] < 1:
+        raise ValueError(
+            f"codebook must have shape [{num_latents}, K] or [1, K] with K >= 1 for z of shape {tuple(shape)} and "
+            f"channel_dim {channel_dim % dims}; got {tuple(codebook_shape)}"
+        )
 
 
 def check_index_dtype(index_dtype: torch.dtype, levels: int) -> None:

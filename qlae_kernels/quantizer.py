@@ -119,9 +119,12 @@ class FusedLatentQuantizer(nn.Module):
         for row, count in zip(self.codebook, self.levels, strict=False):
             row[:count] = torch.linspace(*self.init_range, count, device=row.device, dtype=row.dtype)
 
-    def forward(self, z: Tensor) -> LatentQuantizerOutput:
-        """Quantize z [..., D, ...]; returns (quantized, indices, loss), see `LatentQuantizerOutput`."""
-        return self._quantize(z, self.codebook)
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
+        """Quantize z [..., D, ...]; returns (quantized, indices, loss), see `LatentQuantizerOutput`.
+
+        `mask`, bool of z's shape without `channel_dim`, is True where a position counts; see `latent_quantize`.
+        """
+        return self._quantize(z, self.codebook, mask)
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class FusedLatentQuantizer(nn.Module):
             f"learnable={self.learnable}, shared_codebook={self.shared_codebook}, backend={self.backend!r}"
         )
 
-    def _quantize(self, z: Tensor, codebook: Tensor) -> LatentQuantizerOutput:
+    def _quantize(self, z: Tensor, codebook: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
         if self.shared_codebook or codebook.size(0) == 1:
             self._check_channels(z)
         return latent_quantize(
@@ -198,6 +201,7 @@ class FusedLatentQuantizer(nn.Module):
             quantization_weight=self.quantization_weight,
             commitment_weight=self.commitment_weight,
             index_dtype=self.index_dtype,
+            mask=mask,
             backend=self.backend,
         )
 
