@@ -45,9 +45,9 @@ class TrainConfig:
     split: Annotated[str, arg(metavar="{held-out,reference}")] = "held-out"
     """Images to train on: `held-out` leaves out those that are scored, `reference` takes all, as the publication's
     code does. The same images are scored either way."""
-    network: Annotated[str, arg(metavar="{compact,small,paper}")] = "compact"
-    """Encoder and decoder: `compact` for small images on a CPU, `paper` as published for 64 pixels, `small`
-    its shallower variant."""
+    network: Annotated[str, arg(metavar="{compact,compact-gan,small,paper}")] = "compact"
+    """Encoder and decoder: `compact` for small images on a CPU, `compact-gan` the same for GANs, `paper` as
+    published for 64 pixels, `small` its shallower variant."""
     num_latents: Annotated[
         int | None,
         arg(metavar="D", help_behavior_hint=without("twice the data's factors, 12 where there are none")),

@@ -12,6 +12,7 @@ Build = Callable[[tuple[int, int, int], int, int], tuple[Encoder, nn.Module]]
 
 NETWORKS: dict[str, Build] = {
     "compact": compact.build,
+    "compact-gan": compact.build_for_gan,
     "paper": paper.build,
     "small": small.build,
 }

@@ -39,11 +39,25 @@ class PaintingDecoder(nn.Module):
 
 def build(image_shape: tuple[int, int, int], features: int, width: int) -> tuple[Encoder, nn.Module]:
     """Convolutions of doubling width, each halving the image, and a dense layer; the painting decoder."""
+    return _build(image_shape, features, width, normalized=True)
+
+
+def build_for_gan(image_shape: tuple[int, int, int], features: int, width: int) -> tuple[Encoder, nn.Module]:
+    """The same without norms in the encoder: with them a critic on its trunk cannot tell dark images from bright ones.
+
+    A convolution without bias and an instance norm after it give the same for an image and for a multiple of it.
+    """
+    return _build(image_shape, features, width, normalized=False)
+
+
+def _build(
+    image_shape: tuple[int, int, int], features: int, width: int, *, normalized: bool
+) -> tuple[Encoder, nn.Module]:
     shorter = min(image_shape[1:])
     widths: list[int] = []
     while shorter >= 2 * SMALLEST_MAP:
         widths.append(FIRST_WIDTH * 2 ** len(widths))
         shorter //= 2
     convolutions = Convolutions(widths=widths, kernels=[4] * len(widths), strides=[2] * len(widths))
-    encoder = ConvolutionalEncoder(image_shape, features, convolutions, (DENSE_WIDTH,))
+    encoder = ConvolutionalEncoder(image_shape, features, convolutions, (DENSE_WIDTH,), normalized=normalized)
     return encoder, PaintingDecoder(image_shape, width)

@@ -40,7 +40,10 @@ def check_image_size(network: str, image_shape: tuple[int, int, int]) -> None:
 
 
 class ConvolutionalEncoder(Encoder):
-    """[B, 3, H, W] -> [B, F]: convolutions, each with instance norm and leaky ReLU, then dense layers."""
+    """[B, 3, H, W] -> [B, F]: convolutions, each with instance norm and leaky ReLU, then dense layers.
+
+    Without the norms (`normalized`) the convolutions have biases in their place.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,8 @@ class ConvolutionalEncoder(Encoder):
         features: int,
         convolutions: Convolutions,
         dense_widths: Sequence[int],
+        *,
+        normalized: bool = True,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
@@ -55,11 +60,10 @@ class ConvolutionalEncoder(Encoder):
         for out_channels, kernel, stride in zip(
             convolutions.widths, convolutions.kernels, convolutions.strides, strict=True
         ):
-            layers += [
-                nn.Conv2d(channels, out_channels, kernel, stride, padding=1, bias=False),
-                nn.InstanceNorm2d(out_channels, eps=NORM_EPS, affine=True),
-                nn.LeakyReLU(LEAK),
-            ]
+            layers.append(nn.Conv2d(channels, out_channels, kernel, stride, padding=1, bias=not normalized))
+            if normalized:
+                layers.append(nn.InstanceNorm2d(out_channels, eps=NORM_EPS, affine=True))
+            layers.append(nn.LeakyReLU(LEAK))
             channels = out_channels
         self.convolutions = nn.Sequential(*layers)
         reduction = prod(convolutions.strides)

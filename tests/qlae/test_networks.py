@@ -27,8 +27,22 @@ def test_other_sizes_that_the_strides_allow(name: str) -> None:
     assert decoder(encoder(torch.rand(2, 3, 32, 48))).shape == (2, 3, 32, 48)
 
 
-def test_compact_takes_any_size() -> None:
-    encoder, decoder = build_network("compact", image_shape=(3, 8, 5), features=4, width=4)
+def test_the_encoder_for_gans_tells_dark_images_from_bright_ones() -> None:
+    image = torch.rand(1, 3, 16, 16) + 0.1
+
+    def relative_change(name: str) -> float:
+        torch.manual_seed(0)
+        encoder, _ = build_network(name, image_shape=(3, 16, 16), features=4, width=4)
+        bright, dark = encoder(image), encoder(0.5 * image)
+        return ((bright - dark).norm() / bright.norm()).item()
+
+    assert relative_change("compact") < 1e-3
+    assert relative_change("compact-gan") > 0.05
+
+
+@pytest.mark.parametrize("name", ["compact", "compact-gan"])
+def test_compact_takes_any_size(name: str) -> None:
+    encoder, decoder = build_network(name, image_shape=(3, 8, 5), features=4, width=4)
     assert decoder(encoder(torch.rand(2, 3, 8, 5))).shape == (2, 3, 8, 5)
 
 
@@ -40,7 +54,7 @@ def test_a_size_that_cannot_be_taken_is_named(name: str, size: int) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'huge'.*compact, paper, small"):
+    with pytest.raises(UserError, match=r"'huge'.*compact, compact-gan, paper, small"):
         build_network("huge", image_shape=(3, 64, 64), features=4, width=4)
 
 
