@@ -27,7 +27,7 @@ def quantile_codes(rows: Tensor, levels: Sequence[int]) -> Tensor:
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"every latent needs at least one finite value that the mask keeps; none in latents {empty}")
-    # NaN comes last. torch.quantile takes no more than 16 million values.
+    # NaN comes last. torch.quantile would take the same quantiles of all latents, and has limited sizes.
     ascending = rows.T.contiguous().sort(1).values
     k = torch.arange(max(levels), device=rows.device)
     of_latent = torch.tensor(levels, device=rows.device).unsqueeze(1)
