@@ -169,6 +169,12 @@ def test_fsdp_outside_forward_gathers_codes_and_refuses_gradients(results_of) ->
             assert "no_grad" in text
 
 
+def test_fsdp_in_bfloat16_keeps_the_codes_of_a_quantizer_that_is_sharded_apart(results_of) -> None:
+    for together, apart in results_of("fsdp_mixed_precision"):
+        assert together == (torch.bfloat16, torch.bfloat16, torch.float32)
+        assert apart == (torch.bfloat16, torch.float32, torch.float32)
+
+
 def test_fsdp_averages_the_gradient_of_a_registered_method(results_of) -> None:
     # Latent 0 decodes code 0 on rank 0 and code 1 on rank 1, latent 1 code 2 on both.
     for got in results_of("fsdp_registered_method"):

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from qlae_kernels import FusedLatentQuantizer, available_backends
@@ -192,6 +192,23 @@ def fsdp_outside_forward(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def fsdp_mixed_precision(rank: int, folder: Path) -> list[tuple[torch.dtype, torch.dtype, torch.dtype]]:
+    """Dtypes of z, of the codes in forward and of their gradient in bfloat16; then with a quantizer that is apart."""
+    results = []
+    for apart in (False, True):
+        model = Model()
+        if apart:
+            fully_shard(model.quantizer)
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        seen = []
+        model.quantizer.register_forward_hook(
+            lambda module, inputs, _, seen=seen: seen.extend((inputs[0].dtype, module.codebook.dtype))
+        )
+        model(images(8)).backward()
+        results.append((*seen, model.quantizer.codebook.grad.dtype))
+    return results
+
+
 def fsdp_registered_method(rank: int, folder: Path) -> Tensor:
     """The codebook's gradient through `decode`, registered with FSDP2; each rank decodes other indices."""
     quantizer = FusedLatentQuantizer(2, 3)
@@ -261,6 +278,7 @@ SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
         revival,
         fsdp_training,
         fsdp_outside_forward,
+        fsdp_mixed_precision,
         fsdp_registered_method,
         fsdp_codes,
         fsdp_checkpoint,
