@@ -1,8 +1,9 @@
 """A fused scalar latent quantizer for PyTorch: nearest code, gradients and losses in one pass."""
 
 from qlae_kernels.backends import available_backends
+from qlae_kernels.code_usage import CodeUsage
 from qlae_kernels.latent_quantize import LatentQuantizerOutput, latent_quantize
-from qlae_kernels.quantizer import CodeUsage, FusedLatentQuantizer
+from qlae_kernels.quantizer import FusedLatentQuantizer
 from qlae_kernels.version import __version__
 
 __all__ = [

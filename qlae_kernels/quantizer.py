@@ -5,30 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from qlae_kernels.backends import check_name
+from qlae_kernels.code_usage import CodeUsage, count_codes, dead_codes
+from qlae_kernels.codes_from_data import quantile_codes, replace_codes, usable
 from qlae_kernels.latent_quantize import LatentQuantizerOutput, check_index_dtype, latent_quantize
 from qlae_kernels.latent_quantize_reference import values_of
+from qlae_kernels.mask import check_mask
 from qlae_kernels.problem import INDEX_DTYPES
+from qlae_kernels.ranks import from_first, is_sharded, overwrite, rows_of_all, summed, whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MAX_INT64 = 2**63 - 1
-
-
-class CodeUsage(NamedTuple):
-    """How often each code was used.
-
-    counts: int64 [D, K], 0 in the padding of latents with fewer than K codes.
-    perplexity: float64 [D], exp of the entropy of each latent's code frequencies: 1 to K; 0 without samples.
-    dead: bool [D, K], codes that were never used; False in padding.
-    """
-
-    counts: Tensor
-    perplexity: Tensor
-    dead: Tensor
 
 
 class FusedLatentQuantizer(nn.Module):
@@ -51,7 +46,15 @@ class FusedLatentQuantizer(nn.Module):
         device, dtype: of the codebook.
 
     The attribute `codebook` is a Parameter (a buffer if fixed) of shape [D, max K], or [1, K] if shared; a latent with
-    fewer codes leaves the rest of its row unused.
+    fewer codes leaves the rest of its row unused. Beside it the state_dict holds the levels as `_extra_state` (int64
+    [D], on the CPU). Loading a state of other levels is an error that names both; one without levels loads if its
+    codebook has the right shape.
+
+    Distributed: DDP and FSDP2 (`fully_shard`) average gradients over ranks, so ranks with the same number of elements
+    yield the gradient of the joined batch. Where numbers n_r differ, multiply each rank's loss by
+    n_r * (number of ranks) / sum of n_r, or every rank weighs the same. Under FSDP2 the codebook is whole inside the
+    forward of the module that it was applied to. Elsewhere `encode`, `decode`, `sample` and a call gather it, which
+    takes all ranks, and is refused (RuntimeError) where the codebook would need a gradient.
 
     Raises:
         ValueError: sizes, levels or `init_range` that make no codebook, or `index_dtype` too small for K.
@@ -95,6 +98,7 @@ class FusedLatentQuantizer(nn.Module):
         self.quantization_weight = quantization_weight
         self.commitment_weight = commitment_weight
         self.init_range = (float(init_range[0]), float(init_range[1]))
+        self.learnable = learnable
         self.shared_codebook = shared_codebook
         self.index_dtype = index_dtype
         self.backend = backend
@@ -107,36 +111,113 @@ class FusedLatentQuantizer(nn.Module):
             self.register_buffer("codebook", codebook)
         self.reset_parameters()
 
-    @property
-    def learnable(self) -> bool:
-        """Whether the codes receive gradients."""
-        return isinstance(self.codebook, nn.Parameter)
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set each latent's codes to evenly spaced values over `init_range`, both ends included."""
-        self.codebook.zero_()
-        for row, count in zip(self.codebook, self.levels, strict=False):
-            row[:count] = torch.linspace(*self.init_range, count, device=row.device, dtype=row.dtype)
+        # On the CPU for every device: the same bits everywhere, and a codebook without memory (meta) takes them too.
+        codes = torch.zeros(self.codebook.shape, dtype=self.codebook.dtype, device="cpu")
+        for row, count in zip(codes, self.levels, strict=False):
+            row[:count] = torch.linspace(*self.init_range, count, dtype=row.dtype, device="cpu")
+        self._set_codes(codes)
+
+    @torch.no_grad()
+    def initialize_from(self, z: Tensor, mask: Tensor | None = None, group: ProcessGroup | None = None) -> None:
+        """Set code k of each latent with K codes to the (k + 1/2) / K quantile of that latent in z.
+
+        Quantiles between two values are interpolated linearly; a shared codebook takes those of all latents pooled.
+        Where z has few different values, codes coincide. Fixed codes are set too. An optimizer that has made steps
+        keeps its state: make a new one.
+
+        Args:
+            z: latents [..., D, ...] of any floating dtype and size, on the codebook's device. NaN and values that are
+                infinite in the codebook's dtype are left out. Sorting takes several times the memory of z in float32.
+            mask: bool of z's shape without `channel_dim`; True where a position counts. None: everywhere.
+            group: the ranks that call this together, each with its own z: all get the quantiles of the joined data,
+                which each of them holds for a while. torch.distributed.group.WORLD is all ranks; None is this process
+                alone, and leaves the ranks of a DDP model with different codes.
+
+        Raises:
+            ValueError: a latent has no value to go by; z or mask has a wrong shape; or no group for sharded codes.
+            TypeError: z is not of a floating dtype, or mask not bool.
+        """
+        self._check_group(group)
+        rows = rows_of_all(self._latent_rows(z, mask), group)
+        if self.shared_codebook:
+            rows = rows.reshape(-1, 1)
+        codes = quantile_codes(rows, self.levels[: rows.size(1)])
+        self._set_codes(from_first(codes.to(self.codebook.dtype), group))
+
+    @torch.no_grad()
+    def revive_dead_codes(
+        self,
+        z: Tensor,
+        usage: CodeUsage | None = None,
+        mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Set codes that were never used to values of their latent in z; returns how many codes were set.
+
+        The values are drawn uniformly without replacement. A latent with fewer values than dead codes revives that
+        many. A shared code is dead where no latent used it.
+
+        The state of an optimizer stays as it is. The gradient of an unused code is 0, so its momentum has died down;
+        Adam's second moment has too, and its first steps on a revived code can be up to
+        (1 - beta1) / sqrt(1 - beta2) times the learning rate, 3.2 at its defaults.
+
+        Args:
+            z: latents [..., D, ...] of any floating dtype, on the codebook's device. NaN and values that are infinite
+                in the codebook's dtype are never drawn.
+            usage: what says which codes are dead, such as the usage of many batches; None: that of z.
+            mask: bool of z's shape without `channel_dim`; True where a position counts, for usage and for drawing.
+            group: the ranks that call this together, each with its own z and usage: a code is dead that no rank used,
+                values are drawn from the z of all, and all end with the same codes. See `initialize_from`.
+            generator: for a draw that can be repeated; on z's device. With a group the first rank's draw counts.
+
+        Raises:
+            RuntimeError: the codes are fixed (`learnable=False`).
+            ValueError: z, mask or usage has a wrong shape, or no group for sharded codes.
+            TypeError: z is not of a floating dtype, or mask not bool.
+        """
+        if not self.learnable:
+            raise RuntimeError(
+                "the codes are fixed (learnable=False) and are not revived; initialize_from sets them from data"
+            )
+        self._check_group(group)
+        rows = self._latent_rows(z, mask)
+        if usage is None:
+            usage = self.usage(self.encode(z), mask)
+        if usage.counts.shape != (self.num_latents, max(self.levels)):
+            raise ValueError(
+                f"usage must be of {self.num_latents} latents and up to {max(self.levels)} codes, as usage() returns "
+                f"it; got counts of shape {tuple(usage.counts.shape)}"
+            )
+        # Added up even if `usage` is of all ranks already: that leaves used codes used.
+        counts = summed(usage.counts.to(rows.device, copy=True), group)
+        if self.shared_codebook:
+            rows, counts = rows.reshape(-1, 1), counts.sum(0, keepdim=True)
+        dead = dead_codes(counts, self.levels[: counts.size(0)])
+        codes, revived = replace_codes(whole(self.codebook), dead, rows_of_all(rows, group), generator)
+        self._set_codes(from_first(codes, group))
+        return int(revived.sum())
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
         """Quantize z [..., D, ...]; returns (quantized, indices, loss), see `LatentQuantizerOutput`.
 
         `mask`, bool of z's shape without `channel_dim`, is True where a position counts; see `latent_quantize`.
         """
-        return self._quantize(z, self.codebook, mask)
+        return self._quantize(z, mask)
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """The index of the nearest code for each element of z [..., D, ...], of `index_dtype`; no gradient."""
-        return self._quantize(z, self.codebook).indices
+        return self._quantize(z).indices
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes at `indices` [..., D, ...] (any integer dtype), of the codebook's dtype; differentiable in it.
 
         Raises ValueError where an index is outside its latent's codes.
         """
-        return values_of(self._checked(indices), self.codebook, self.channel_dim)
+        return values_of(self._checked(indices), whole(self.codebook), self.channel_dim)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n latent vectors [n, D] with each latent uniform over its codes; differentiable in the codebook."""
@@ -144,7 +225,7 @@ class FusedLatentQuantizer(nn.Module):
         uniform = torch.rand(n, self.num_latents, generator=generator, dtype=torch.float64, device=self.codebook.device)
         # The product can round up to the count itself.
         indices = (uniform * counts).long().minimum(counts - 1)
-        return values_of(indices, self.codebook, 1)
+        return values_of(indices, whole(self.codebook), 1)
 
     def pack(self, indices: Tensor) -> Tensor:
         """One int64 per latent vector: the mixed-radix number whose digits are `indices`, the first latent lowest.
@@ -153,7 +234,7 @@ class FusedLatentQuantizer(nn.Module):
         ValueError where the product of levels passes 2**63 - 1, or an index is outside its latent's codes.
         """
         indices = self._checked(indices)
-        return (indices * self._along_channel(self._radices(), indices)).sum(self.channel_dim)
+        return (indices * _along(self.channel_dim, self._radices(), indices)).sum(self.channel_dim)
 
     def unpack(self, codes: Tensor) -> Tensor:
         """The inverse of `pack`: int64 codes [...] to indices [..., D, ...] of `index_dtype`.
@@ -165,32 +246,43 @@ class FusedLatentQuantizer(nn.Module):
             raise ValueError(f"codes must be in 0..{math.prod(self.levels) - 1}")
         channel_dim = self.channel_dim % (codes.dim() + 1)
         codes = codes.long().unsqueeze(channel_dim)
-        digits = codes.div(self._along_channel(radices, codes), rounding_mode="floor")
-        return digits.remainder(self._along_channel(self.levels, codes)).to(self.index_dtype)
+        digits = codes.div(_along(channel_dim, radices, codes), rounding_mode="floor")
+        return digits.remainder(_along(channel_dim, self.levels, codes)).to(self.index_dtype)
 
-    def usage(self, indices: Tensor) -> CodeUsage:
-        """Counts, perplexity and dead codes of `indices` [..., D, ...]; see `CodeUsage`."""
-        most = max(self.levels)
-        rows = self._checked(indices).movedim(self.channel_dim, -1).reshape(-1, self.num_latents)
-        positions = rows + most * torch.arange(self.num_latents, device=rows.device)
-        counts = torch.bincount(positions.flatten(), minlength=self.num_latents * most)
-        counts = counts.view(self.num_latents, most)
-        frequencies = counts.double() / max(1, rows.size(0))
-        entropy = -torch.xlogy(frequencies, frequencies).sum(1)
-        perplexity = entropy.exp() if rows.size(0) else torch.zeros_like(entropy)
-        codes = torch.arange(most, device=rows.device)
-        exists = codes < torch.tensor(self.levels, device=rows.device).unsqueeze(1)
-        return CodeUsage(counts, perplexity, exists & (counts == 0))
+    def usage(self, indices: Tensor, mask: Tensor | None = None, group: ProcessGroup | None = None) -> CodeUsage:
+        """Counts, perplexity and dead codes of `indices`; see `CodeUsage`, whose sum is the usage of several batches.
+
+        Args:
+            indices: [..., D, ...] of any integer dtype.
+            mask: bool of the shape of `indices` without `channel_dim`; True where a position counts. Indices elsewhere
+                may be anything. None: everywhere.
+            group: the ranks that call this together, each with its own indices: all get the usage of all, for one
+                all_reduce of the counts. torch.distributed.group.WORLD is all ranks; None is this process alone.
+
+        Raises ValueError where a shape is wrong or an index is outside its latent's codes, TypeError for a wrong dtype.
+        """
+        _check_index_dtype_of(indices)
+        rows = self._rows(indices, mask).long()
+        self._check_range(rows, -1)
+        return count_codes(rows, self.levels, group)
+
+    def get_extra_state(self) -> Tensor:
+        """The levels, int64 [D] on the CPU: a codebook's shape does not tell [10, 4] from [10, 5]."""
+        return torch.tensor(self.levels, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: the levels were given at construction, and loading has compared them."""
 
     def extra_repr(self) -> str:
         """The arguments that tell this quantizer from another."""
         return (
-            f"{self.num_latents}, levels={self._describe_levels()}, channel_dim={self.channel_dim}, "
+            f"{self.num_latents}, levels={_brief(self.levels)}, channel_dim={self.channel_dim}, "
             f"quantization_weight={self.quantization_weight}, commitment_weight={self.commitment_weight}, "
             f"learnable={self.learnable}, shared_codebook={self.shared_codebook}, backend={self.backend!r}"
         )
 
-    def _quantize(self, z: Tensor, codebook: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
+    def _quantize(self, z: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
+        codebook = whole(self.codebook)
         if self.shared_codebook or codebook.size(0) == 1:
             self._check_channels(z)
         return latent_quantize(
@@ -214,20 +306,82 @@ class FusedLatentQuantizer(nn.Module):
 
     def _checked(self, indices: Tensor) -> Tensor:
         """The indices as int64, their dtype, shape and range checked; a traced call cannot look at the range."""
-        if indices.dtype not in INDEX_DTYPES:
-            raise TypeError(f"indices must be uint8, int16, int32 or int64; got {indices.dtype}")
+        _check_index_dtype_of(indices)
         self._check_channels(indices)
         indices = indices.long()
-        if not torch.compiler.is_compiling():
-            counts = self._along_channel(self.levels, indices)
-            if ((indices < 0) | (indices >= counts)).any():
-                raise ValueError(f"indices must be in 0..levels - 1 with levels {self._describe_levels()}")
+        self._check_range(indices, self.channel_dim)
         return indices
 
-    def _along_channel(self, values: Sequence[int], like: Tensor) -> Tensor:
-        shape = [1] * like.dim()
-        shape[self.channel_dim] = len(values)
-        return torch.tensor(values, device=like.device).view(shape)
+    def _check_range(self, indices: Tensor, channel_dim: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if ((indices < 0) | (indices >= _along(channel_dim, self.levels, indices))).any():
+            raise ValueError(f"indices must be in 0..levels - 1 with levels {_brief(self.levels)}")
+
+    def _check_group(self, group: ProcessGroup | None) -> None:
+        if group is None and is_sharded(self.codebook):
+            raise ValueError(
+                "the codebook is sharded over ranks, which must set it together: call this on all of them with "
+                "group=torch.distributed.group.WORLD, or the group that it is sharded over"
+            )
+
+    def _rows(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Values [..., D, ...] as rows [N, D], without those that the mask leaves out."""
+        self._check_channels(values)
+        values = values.movedim(self.channel_dim, -1)
+        if mask is None:
+            return values.reshape(-1, self.num_latents)
+        check_mask(mask, values.shape, -1, values.device)
+        return values[mask]
+
+    def _latent_rows(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The values of z that codes may take, [N, D] with NaN in place of others."""
+        if not z.is_floating_point():
+            raise TypeError(f"z must be of a floating dtype; got {z.dtype}")
+        return usable(self._rows(z, mask), self.codebook.dtype)
+
+    def _set_codes(self, codes: Tensor) -> None:
+        """Write codes [rows, max K] to the codebook, in whichever way it is held."""
+        if is_parametrized(self, "codebook"):
+            self.codebook = codes.to(self.codebook)
+        else:
+            overwrite(self.codebook, codes)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        codebook, levels = f"{prefix}codebook", f"{prefix}_extra_state"
+        misfit = self._misfit(state_dict.get(codebook), state_dict.get(levels))
+        if misfit is not None:
+            error_msgs.append(f"{codebook}: {misfit}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # A state without levels, as other code may make it, loads too.
+        if levels in missing_keys:
+            missing_keys.remove(levels)
+
+    def _misfit(self, codebook: Tensor | None, levels: Tensor | None) -> str | None:
+        """Why a saved codebook and its levels do not fit this module; None if they do."""
+        saved_shape = self.codebook.shape if codebook is None else codebook.shape
+        saved_levels = None if levels is None or levels.is_meta else tuple(levels.tolist())
+        if saved_levels in (None, self.levels) and saved_shape == self.codebook.shape:
+            return None
+        saved = "" if saved_levels is None else f", num_latents={len(saved_levels)}, levels={_brief(saved_levels)}"
+        return (
+            f"the state to load is of shape {tuple(saved_shape)}{saved}; this quantizer is of shape "
+            f"{tuple(self.codebook.shape)}, num_latents={self.num_latents}, levels={_brief(self.levels)}, "
+            f"shared_codebook={self.shared_codebook}. Build it with the arguments that the state was made with, or "
+            "leave its codebook out of what you load"
+        )
 
     def _radices(self) -> list[int]:
         if math.prod(self.levels) > MAX_INT64:
@@ -236,5 +390,18 @@ class FusedLatentQuantizer(nn.Module):
             )
         return [math.prod(self.levels[:latent]) for latent in range(self.num_latents)]
 
-    def _describe_levels(self) -> int | list[int]:
-        return self.levels[0] if self._ragged_levels is None else list(self.levels)
+
+def _along(channel_dim: int, values: Sequence[int], like: Tensor) -> Tensor:
+    """Whole numbers, one per latent, in a shape that broadcasts with `like`."""
+    shape = [1] * like.dim()
+    shape[channel_dim] = len(values)
+    return torch.tensor(values, device=like.device).view(shape)
+
+
+def _check_index_dtype_of(indices: Tensor) -> None:
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(f"indices must be uint8, int16, int32 or int64; got {indices.dtype}")
+
+
+def _brief(levels: Sequence[int]) -> int | list[int]:
+    return levels[0] if len(set(levels)) == 1 else list(levels)

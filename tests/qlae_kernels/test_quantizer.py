@@ -4,9 +4,11 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,6 @@ from on_device import device_of
 from torch import Tensor, nn
 
 from qlae_kernels import (
-    CodeUsage,
     FusedLatentQuantizer,
     LatentQuantizerOutput,
     available_backends,
@@ -116,21 +117,103 @@ def test_fixed_codes_are_a_buffer() -> None:
     assert quantizer.codebook.grad is None
 
 
+def saved_and_loaded(value: object, **options: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+def with_random_codes(quantizer: FusedLatentQuantizer) -> FusedLatentQuantizer:
+    with torch.no_grad():
+        quantizer.codebook.normal_(generator=torch.Generator().manual_seed(0))
+    return quantizer
+
+
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_state_dict_round_trip(learnable: bool, shared: bool) -> None:
+@pytest.mark.parametrize("assign", [True, False])
+def test_state_dict_round_trip(learnable: bool, shared: bool, assign: bool) -> None:
     options = {"learnable": learnable, "shared_codebook": shared}
-    source, target = (FusedLatentQuantizer(3, 4, **options) for _ in range(2))
-    with torch.no_grad():
-        source.codebook.copy_(torch.randn(source.codebook.shape))
-    assert list(source.state_dict()) == ["codebook"]
-    file = io.BytesIO()
-    torch.save(source.state_dict(), file)
-    file.seek(0)
-    target.load_state_dict(torch.load(file, weights_only=True))
+    source, target = (with_random_codes(FusedLatentQuantizer(3, 4, **options)), FusedLatentQuantizer(3, 4, **options))
+    state = source.state_dict()
+    assert list(state) == ["codebook", "_extra_state"]
+    assert state["_extra_state"].tolist() == [4, 4, 4]
+    target.load_state_dict(saved_and_loaded(state, weights_only=True), strict=True, assign=assign)
     assert torch.equal(source.codebook, target.codebook)
+    assert isinstance(target.codebook, nn.Parameter) == learnable
     z = torch.randn(20, 3)
     assert torch.equal(source(z).quantized, target(z).quantized)
+
+
+def test_state_goes_through_safetensors() -> None:
+    source, target = with_random_codes(FusedLatentQuantizer(3, [4, 2, 3])), FusedLatentQuantizer(3, [4, 2, 3])
+    target.load_state_dict(safetensors.torch.load(safetensors.torch.save(source.state_dict())))
+    assert torch.equal(source.codebook, target.codebook)
+
+
+def test_a_state_moves_between_learned_and_fixed_codes() -> None:
+    source, target = with_random_codes(FusedLatentQuantizer(3, 4)), FusedLatentQuantizer(3, 4, learnable=False)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source.codebook, target.codebook)
+    assert list(target.parameters()) == []
+
+
+def test_a_state_without_levels_loads_by_its_shape() -> None:
+    codebook = torch.randn(2, 10)
+    for strict in (True, False):
+        quantizer = FusedLatentQuantizer(2, [10, 4])
+        assert quantizer.load_state_dict({"codebook": codebook}, strict=strict) == ([], [])
+        assert torch.equal(quantizer.codebook, codebook)
+    with pytest.raises(RuntimeError, match=r"\(2, 10\).*\(3, 10\).*num_latents=3, levels=10"):
+        FusedLatentQuantizer(3).load_state_dict({"codebook": codebook})
+    with pytest.raises(RuntimeError, match=r"Missing key.*codebook"):
+        FusedLatentQuantizer(3).load_state_dict({})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*more"):
+        FusedLatentQuantizer(2).load_state_dict({"codebook": codebook, "more": codebook})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("saved", "built", "named"),
+    [
+        ({"num_latents": 4}, {"num_latents": 3}, ["(4, 10)", "(3, 10)", "num_latents=4", "num_latents=3"]),
+        ({"levels": 8}, {"levels": 10}, ["(2, 8)", "(2, 10)", "levels=8", "levels=10"]),
+        ({"levels": [10, 4]}, {"levels": [10, 5]}, ["levels=[10, 4]", "levels=[10, 5]"]),
+        ({"levels": 10}, {"levels": [10, 5]}, ["levels=10", "levels=[10, 5]"]),
+        ({"levels": [10, 4]}, {"levels": 10}, ["levels=[10, 4]", "levels=10"]),
+        ({"shared_codebook": True}, {}, ["(1, 10)", "(2, 10)", "shared_codebook=False"]),
+        (
+            {"shared_codebook": True},
+            {"shared_codebook": True, "num_latents": 3},
+            ["num_latents=2", "num_latents=3", "shared_codebook=True"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_levels_is_refused_in_one_message(saved, built, named, strict: bool) -> None:
+    source = with_random_codes(FusedLatentQuantizer(**({"num_latents": 2} | saved)))
+    target = nn.Sequential(FusedLatentQuantizer(**({"num_latents": 2} | built)))
+    before = target[0].codebook.detach().clone()
+    state = {f"0.{name}": value for name, value in source.state_dict().items()}
+    with pytest.raises(RuntimeError) as caught:
+        target.load_state_dict(state, strict=strict)
+    text = str(caught.value)
+    for part in ["0.codebook", "Build it with", *named]:
+        assert part in text
+    # The line that names the module, and ours.
+    assert len(text.splitlines()) == 2
+    assert torch.equal(target[0].codebook, before)
+
+
+def test_a_state_loads_into_a_quantizer_without_memory() -> None:
+    source = with_random_codes(FusedLatentQuantizer(3, [4, 2, 3]))
+    target = FusedLatentQuantizer(3, [4, 2, 3], device="meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(target.codebook, source.codebook)
+    assert isinstance(target.codebook, nn.Parameter)
+    with pytest.raises(RuntimeError, match=r"levels=\[4, 2, 3\].*levels=\[4, 3, 3\]"):
+        FusedLatentQuantizer(3, [4, 3, 3], device="meta").load_state_dict(source.state_dict(), assign=True)
 
 
 @pytest.mark.parametrize("learnable", [True, False])
@@ -138,7 +221,12 @@ def test_copies_are_equal_and_independent(learnable: bool) -> None:
     quantizer = FusedLatentQuantizer(3, [2, 5, 4], learnable=learnable, index_dtype=torch.int16, channel_dim=-1)
     z = torch.randn(20, 3)
     want = quantizer(z)
-    for twin in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+    twins = (
+        copy.deepcopy(quantizer),
+        pickle.loads(pickle.dumps(quantizer)),
+        saved_and_loaded(quantizer, weights_only=False),
+    )
+    for twin in twins:
         assert twin.learnable == learnable
         for got, expected in zip(twin(z), want, strict=True):
             assert torch.equal(got, expected)
@@ -161,12 +249,53 @@ def test_moves_between_dtypes(learnable: bool, dtype: torch.dtype) -> None:
     assert FusedLatentQuantizer(3, 4, dtype=dtype, learnable=learnable).codebook.dtype is dtype
 
 
-def test_is_made_on_a_device_and_filled_later() -> None:
-    quantizer = FusedLatentQuantizer(3, 4, device="meta")
+@pytest.mark.parametrize("learnable", [True, False])
+def test_is_made_on_a_device_and_filled_later(learnable: bool) -> None:
+    options = {"levels": [4, 2, 3], "learnable": learnable}
+    with torch.device("meta"):
+        quantizer = FusedLatentQuantizer(3, **options)
     assert quantizer.codebook.is_meta
     quantizer.to_empty(device="cpu")
     quantizer.reset_parameters()
+    assert torch.equal(quantizer.codebook, FusedLatentQuantizer(3, **options).codebook)
+    assert quantizer.codebook.requires_grad == learnable
+    quantizer.to("meta")
+    assert quantizer.codebook.is_meta
+
+
+def test_is_made_without_initialization() -> None:
+    quantizer = nn.utils.skip_init(FusedLatentQuantizer, 3, 4)
+    quantizer.reset_parameters()
     assert torch.equal(quantizer.codebook, FusedLatentQuantizer(3, 4).codebook)
+
+
+class Doubled(nn.Module):
+    """A codebook of twice what is stored."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return 2 * stored
+
+    def right_inverse(self, codes: Tensor) -> Tensor:
+        return codes / 2
+
+
+def test_a_parametrized_codebook_serves_learns_and_is_set() -> None:
+    quantizer = FusedLatentQuantizer(1, 2)
+    nn.utils.parametrize.register_parametrization(quantizer, "codebook", Doubled())
+    stored = quantizer.parametrizations.codebook.original
+    assert stored.tolist() == [[-0.25, 0.25]]
+    assert quantizer.learnable
+    z = torch.tensor([[0.7], [-0.4]])
+    assert quantizer(z).quantized.tolist() == [[0.5], [-0.5]]
+    quantizer.decode(torch.tensor([[1]])).backward()
+    assert stored.grad.tolist() == [[0.0, 2.0]]
+    # The quarter and the three-quarter quantile of 0 to 4.
+    quantizer.initialize_from(torch.arange(5.0).unsqueeze(1))
+    assert stored.tolist() == [[0.5, 1.5]]
+    quantizer.reset_parameters()
+    assert stored.tolist() == [[-0.25, 0.25]]
+    assert quantizer.revive_dead_codes(torch.tensor([[9.0]])) == 1
+    assert stored.tolist() == [[4.5, 0.25]]
 
 
 def test_reset_parameters_starts_again() -> None:
@@ -346,34 +475,6 @@ def test_pack_refuses_products_that_int64_cannot_hold() -> None:
 def test_unpack_refuses_numbers_beyond_the_last_code(bad: int) -> None:
     with pytest.raises(ValueError, match=r"0\.\.23"):
         FusedLatentQuantizer(3, [2, 3, 4]).unpack(torch.tensor([0, bad]))
-
-
-def test_usage_by_hand() -> None:
-    quantizer = FusedLatentQuantizer(3, [4, 2, 1])
-    indices = torch.tensor([[0, 0, 0], [0, 1, 0], [2, 0, 0], [2, 1, 0]], dtype=torch.int32)
-    usage = quantizer.usage(indices)
-    assert isinstance(usage, CodeUsage)
-    assert usage.counts.dtype is torch.int64
-    assert usage.counts.tolist() == [[2, 0, 2, 0], [2, 2, 0, 0], [4, 0, 0, 0]]
-    torch.testing.assert_close(usage.perplexity, torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
-    assert usage.dead.tolist() == [[False, True, False, True], [False] * 4, [False] * 4]
-    # Frequencies 1/2, 1/4, 1/4: 2**(1/2 + 1/2 + 1/2) codes are in use.
-    skewed = FusedLatentQuantizer(1, 3).usage(torch.tensor([[0], [0], [1], [2]]))
-    torch.testing.assert_close(skewed.perplexity, torch.tensor([2.0**1.5], dtype=torch.float64))
-
-
-def test_usage_of_any_layout_and_of_nothing() -> None:
-    quantizer = FusedLatentQuantizer(3, 5)
-    z = torch.randn(4, 3, 6, 7)
-    indices = quantizer.encode(z)
-    counts = quantizer.usage(indices).counts
-    assert counts.sum(1).tolist() == [4 * 6 * 7] * 3
-    flat = FusedLatentQuantizer(3, 5, channel_dim=-1)
-    assert torch.equal(counts, flat.usage(indices.movedim(1, -1)).counts)
-    usage = quantizer.usage(torch.zeros(0, 3, dtype=torch.int64))
-    assert usage.counts.tolist() == [[0] * 5] * 3
-    assert usage.perplexity.tolist() == [0.0] * 3
-    assert usage.dead.all()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
