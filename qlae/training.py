@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -68,13 +68,29 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: TrainConfig, path: Path, *, time_limit: float | None = None, progress: bool = True) -> Outcome:
+@dataclass
+class StopRequest:
+    """The number of the signal that asked training to stop, if one did."""
+
+    signal: int | None = None
+
+
+def train(
+    config: TrainConfig,
+    path: Path,
+    *,
+    time_limit: float | None = None,
+    progress: bool = True,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Trains a new run and writes its folder.
 
     Args:
         path: the run's folder, which must not exist or be empty.
         time_limit: minutes after which training ends, evaluation and figures included.
         progress: whether to show a progress bar and a line per evaluation.
+        stop: the request of a caller that catches signals itself; without it they are caught while training steps
+            are taken.
 
     Raises:
         UserError: for a configuration that cannot be, missing or wrong data, and a folder that exists.
@@ -91,10 +107,17 @@ def train(config: TrainConfig, path: Path, *, time_limit: float | None = None, p
     method = build_method(config, dataset.image_shape).to(device)
     run = RunFolder.create(path, config)
     trainer = Trainer(config, dataset, method, run, progress=progress)
-    return trainer.run(started, time_limit)
+    return trainer.run(started, time_limit, stop)
 
 
-def resume(config: TrainConfig, path: Path, *, time_limit: float | None = None, progress: bool = True) -> Outcome:
+def resume(
+    config: TrainConfig,
+    path: Path,
+    *,
+    time_limit: float | None = None,
+    progress: bool = True,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Goes on with a run from its last checkpoint, to the bit as if it had never stopped.
 
     On another device or with another number of threads the result is not the same to the bit.
@@ -103,6 +126,8 @@ def resume(config: TrainConfig, path: Path, *, time_limit: float | None = None, 
         config: the run's own configuration; only what `RESUMABLE_CHANGES` names may differ.
         path: the run's folder.
         time_limit: minutes for this call, as for `train`.
+        progress: as for `train`.
+        stop: as for `train`.
 
     Raises:
         UserError: for a missing or damaged checkpoint, or one of another configuration.
@@ -119,7 +144,7 @@ def resume(config: TrainConfig, path: Path, *, time_limit: float | None = None, 
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: the run in {path} has taken {trainer.step:,} steps, give more")
     run.write_config(config)
-    return trainer.run(started, time_limit)
+    return trainer.run(started, time_limit, stop)
 
 
 def check_time_limit(minutes: float | None) -> None:
@@ -227,13 +252,6 @@ def _by_name(steps: list[dict[str, Tensor]], first: int) -> dict[str, tuple[list
     return {name: (numbers, torch.stack(tensors).tolist()) for name, (numbers, tensors) in columns.items()}
 
 
-@dataclass
-class StopRequest:
-    """The number of the signal that asked training to stop, if one did."""
-
-    signal: int | None = None
-
-
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request; a second one acts as it would without this.
@@ -296,7 +314,7 @@ class Trainer:
         self.seconds_before = 0.0
         self.evaluation_seconds = EVALUATION_SECONDS
 
-    def run(self, started: float, time_limit: float | None) -> Outcome:
+    def run(self, started: float, time_limit: float | None, stop: StopRequest | None = None) -> Outcome:
         """Trains until the last step, the time limit or a signal; `started` is a `time.monotonic()`."""
         self.started = started
         if self.progress:
@@ -307,7 +325,7 @@ class Trainer:
         with (
             SummaryWriter(str(self.run_folder.events), purge_step=self.step + 1) as self.events,
             self._bar() as self.bar,
-            stop_on_signals() as request,
+            (stop_on_signals() if stop is None else nullcontext(stop)) as request,
             repeatable(),
         ):
             while self.step < self.config.steps:
@@ -434,9 +452,10 @@ class Trainer:
 
     def _finish(self, evaluation: Evaluation | None) -> Outcome:
         evaluation = evaluation or self._evaluate()
+        write_figures(self.run_folder, self.method, self.dataset, evaluation)
+        # last, for it says that all is there
         cost = {"seconds": round(self._seconds(), 1), "steps": self.step}
         self.run_folder.write_summary(evaluation.summary() | cost)
-        write_figures(self.run_folder, self.method, self.dataset, evaluation)
         reason = "finished" if self.step == self.config.steps else "time limit"
         return Outcome(reason, self.step, evaluation)
 
