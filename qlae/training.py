@@ -325,7 +325,7 @@ class Trainer:
         with (
             SummaryWriter(str(self.run_folder.events), purge_step=self.step + 1) as self.events,
             self._bar() as self.bar,
-            (stop_on_signals() if stop is None else nullcontext(stop)) as request,
+            stop_on_signals() if stop is None else nullcontext(stop) as request,
             repeatable(),
         ):
             while self.step < self.config.steps:

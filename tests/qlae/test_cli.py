@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from qlae import figures, training
 from qlae.checkpoint import STATE, WEIGHTS
 from qlae.cli import main
 from qlae.compare.cells import GridFolder
-from qlae.compare.grid import Choice, load_grid
-from qlae.compare.worker import work
+from qlae.compare.grid import Choice, Grid, load_grid
+from qlae.compare.worker import record_failure, work
 from qlae.config import TrainConfig, option
 from qlae.data import DATASETS
 from qlae.methods import METHODS
@@ -487,6 +488,52 @@ def test_compare_draws_what_is_finished(comparison: list[str], capsys: pytest.Ca
     assert main([*comparison, "--table-only", "--seeds", "0", "1", "--rows", "five"]) == 3
     output = capsys.readouterr().out
     assert "| five (1/2) | " in output and "QLAE" not in output and "1 cell of 2 left" in output
+
+
+def test_a_choice_adds_to_the_table_of_the_rest(comparison: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = ["--seeds", "0", "1"]
+    assert main([*comparison, "--table-only", "--rows", "five", *seeds]) == 3
+    printed = capsys.readouterr().out
+    assert "| five (1/2) | " in printed and "QLAE" not in printed
+    table = Path("out/table.md").read_text()
+    assert table.index("| QLAE (1/2) | ") < table.index("| five (1/2) | ")
+    # seed 1 is not the grid's, and nobody asks for it now
+    assert main([*comparison, "--table-only", "--rows", "five"]) == 0
+    assert "| QLAE | " in Path("out/table.md").read_text() and "QLAE" not in capsys.readouterr().out
+    with Path("out/seeds.csv").open() as file:
+        assert len(file.readlines()) == 3
+
+
+def test_rows_that_are_not_chosen_need_the_grids_configuration_too(
+    comparison: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("grid.yaml").read_text()
+    Path("grid.yaml").write_text(text.replace("QLAE: {}", "QLAE: {levels: 9}"))
+    assert "'QLAE' on tiny has 9 now" in refused(capsys, *comparison, "--table-only", "--rows", "five")
+
+
+def test_retry_takes_cells_that_failed_up_again(
+    comparison: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the job's own process, which stands for its worker."""
+
+    def run_job(grid: Grid, folder: GridFolder, *, look: Callable[[], None], **_: object) -> None:
+        work(grid.cells, folder)
+        look()
+
+    monkeypatch.setattr("qlae.compare.job.run_job", run_job)
+    folder = GridFolder(Path("out"))
+    cell = load_grid("grid.yaml", Choice(rows=("five",), device="cpu")).cells[0]
+    folder.run(cell).summary_file.unlink()
+    record_failure(folder, cell, "no such kernel")
+    assert main(comparison) == 1
+    assert "failed   tiny/five/seed0: no such kernel" in capsys.readouterr().out
+    assert not folder.run(cell).summary_file.exists()
+    # a failure among the rows that are not chosen stays
+    assert main([*comparison, "--retry", "--rows", "QLAE"]) == 0
+    assert folder.error(cell).exists()
+    assert main([*comparison, "--retry"]) == 0
+    assert not folder.error(cell).exists() and folder.run(cell).summary_file.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from qlae.compare.grid import Choice, load_grid, slug
+from qlae.compare.grid import Choice, load_grid, load_whole_grid, slug
 from qlae.compare.job import completed
 from qlae.errors import UserError
 from qlae.presets import preset
@@ -77,6 +77,24 @@ def test_the_command_line_wins_over_the_file(file: Path) -> None:
     assert [cell.name for cell in grid.cells] == ["shapes3d/n-v-20/seed7", "shapes3d/qlae/seed7"]
     for cell in grid.cells:
         assert (cell.config.steps, cell.config.device, cell.config.root) == (9, "cpu", file.parent)
+
+
+def test_the_whole_grid_has_the_files_parts_and_the_chosen_ones(file: Path) -> None:
+    choice = Choice(rows=("n_v = 20",), data=("mpi3d", "shapes3d"), seeds=(7, 1), steps=9, device="cpu")
+    whole = load_whole_grid(str(file), choice)
+    assert whole.data == ("rooms3d", "shapes3d", "mpi3d")
+    assert whole.rows == ("QLAE", "QLAE, no weight decay", "n_v = 20")
+    assert whole.seeds == (3, 1, 7)
+    assert set(load_grid(str(file), choice).cells) < set(whole.cells)
+
+
+def test_a_chosen_folder_stands_for_the_files_of_its_name(file: Path) -> None:
+    for parent in ("one", "other"):
+        (file.parent / parent / "pictures").mkdir(parents=True)
+    file.write_text(f"data: [{file.parent}/one/pictures]\nrows: {{QLAE: {{}}}}\nseeds: [0]")
+    other = str(file.parent / "other" / "pictures")
+    (cell,) = load_whole_grid(str(file), Choice(data=(other,))).cells
+    assert (cell.data, cell.config.data) == ("pictures", other)
 
 
 def test_a_folder_of_images_is_known_by_its_last_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
