@@ -12,6 +12,9 @@ from qlae.data import Dataset
 from qlae.methods.base import Method
 from qlae.metrics import InfoMEC, active_latents, code_counts, infomec, perplexity, psnr_per_image
 
+# the variant of InfoMEC that runs are scored by (docs/metrics.md)
+PROTOCOL = "standalone"
+
 EXAMPLES = 16
 MAX_STRIP_CODES = 16
 
@@ -121,7 +124,7 @@ def evaluate(model: Method, dataset: Dataset, index: Tensor, *, batch_size: int 
     discrete = model.latent.discrete
     sources = torch.cat([dataset.sources(batch).cpu() for batch in index.split(batch_size)])
     return Evaluation(
-        infomec=infomec(codes, sources, discrete=discrete) if dataset.factors else None,
+        infomec=infomec(codes, sources, discrete=discrete, protocol=PROTOCOL) if dataset.factors else None,
         psnr=float(torch.cat(ratios).mean()),
         usage=code_counts(codes, levels) if discrete else None,
         perplexity=perplexity(codes, levels) if discrete else None,

@@ -89,7 +89,7 @@ def test_two_jobs_on_one_folder_do_no_cell_twice(comparison: Comparison) -> None
     codes = [job.returncode for job in jobs]
     assert 0 in codes and set(codes) <= {0, 3}, outputs
     table = (comparison.folder.path / "table.md").read_text()
-    assert "| QLAE | " in table and "(n/N)" not in table
+    assert "| QLAE | " in table and "(n/m)" not in table
     assert not list(comparison.folder.path.rglob("*.claim"))
 
 
