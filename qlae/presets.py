@@ -48,7 +48,7 @@ DEFAULT = Preset(
 )
 
 QUANTIZED = {"levels": 10, "quantization_weight": 0.01, "commitment_weight": 0.01}
-GAN = {"steps": 100_000, "batch_size": 64, "learning_rate": 2e-4}
+GAN = {"batch_size": 64, "learning_rate": 2e-4}
 
 # arXiv 2305.18378 as its reference implementation runs it (github.com/kylehkhsu/latent_quantization, configs/)
 PAPER = Preset(

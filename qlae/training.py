@@ -42,6 +42,8 @@ PROGRESS = {
     "psnr": "PSNR {:.1f} dB",
     "critic_gap": "critic's gap {:.3f}",
 }
+# how often a run's losses are recorded, evaluations apart
+LOSS_ROWS = 100
 # what a time limit leaves for the figures and, before the first one was timed, for an evaluation
 FIGURE_SECONDS = 15.0
 EVALUATION_SECONDS = 15.0
@@ -224,7 +226,7 @@ class BatchSampler:
 
 @dataclass
 class RunningMeans:
-    """Means of the steps' values since the last evaluation, each over the steps that had it.
+    """Means of the steps' values since the last row of metrics.csv, each over the steps that had it.
 
     They are added one after the other in float64, so that the sums do not depend on when they were looked at.
     """
@@ -336,7 +338,7 @@ class Trainer:
                     evaluation = evaluation or self._save_and_evaluate()
                     break
                 self._take_step()
-                evaluation = self._evaluate_when_due()
+                evaluation = self._record_when_due()
         return self._finish(evaluation)
 
     def state(self) -> dict[str, Any]:
@@ -372,10 +374,14 @@ class Trainer:
         self.pending.append(self.method.training_step(images))
         self.step += 1
 
-    def _evaluate_when_due(self) -> Evaluation | None:
+    def _record_when_due(self) -> Evaluation | None:
+        """Evaluates, or records the losses alone, or looks at them, or does nothing; returns the evaluation."""
         self.bar.update(self.step - self.bar.n)
         if self.step % self.config.evaluation_every and self.step != self.config.steps:
-            if time.monotonic() > self.next_look or len(self.pending) >= LOOK_STEPS:
+            if self.step % max(1, self.config.steps // LOSS_ROWS) == 0:
+                self._look()
+                self._record()
+            elif time.monotonic() > self.next_look or len(self.pending) >= LOOK_STEPS:
                 self._look()
             return None
         begun = time.monotonic()
@@ -419,12 +425,13 @@ class Trainer:
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.pending.clear()
 
-    def _record(self, evaluation: Evaluation) -> None:
+    def _record(self, evaluation: Evaluation | None = None) -> None:
+        """Adds a row: means of the losses since the last one, and the evaluation's scores, if there is one."""
         row = {
             "step": self.step,
             "learning_rate": self.config.learning_rate * learning_rate_factor(self.config, self.step - 1),
             **{f"train_{name}": value for name, value in self.means.means().items()},
-            **evaluation.row(),
+            **({} if evaluation is None else evaluation.row()),
         }
         self.rows.append(row)
         self.means = RunningMeans()
@@ -433,7 +440,7 @@ class Trainer:
             if name != "step":
                 self.events.add_scalar(name, value, self.step)
         self.events.flush()
-        if self.progress:
+        if self.progress and evaluation is not None:
             self.bar.write(f"step {self.step:,}: {evaluation.line()}")
 
     def _require_finite(self) -> None:

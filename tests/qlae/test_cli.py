@@ -165,7 +165,7 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
 def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert "(default: 200000)" in help_of(capsys, "train", "--preset", "paper")
-    assert "(default: 100000)" in help_of(capsys, "train", "infowgan-gp", "--preset", "paper")
+    assert "(default: 0.0002)" in help_of(capsys, "train", "infowgan-gp", "--preset", "paper")
     assert "--beta X" in help_of(capsys, "train", "--preset", "paper", "vae", "--data", "shapes3d")
     assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
 

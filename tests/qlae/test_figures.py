@@ -190,6 +190,14 @@ def test_curves(tmp_path: Path, saved: list[Figure]) -> None:
     assert active.get_xydata().tolist() == [[step, step / 1000] for step in range(2000, 10001, 2000)]
 
 
+def test_curves_of_losses_have_more_points_than_scores(tmp_path: Path, saved: list[Figure]) -> None:
+    text = "step,train_loss,psnr\n1,9,\n2,8,20\n3,7,\n4,6,21\n"
+    figures.plot_curves(write_metrics(tmp_path / "metrics.csv", text), tmp_path / "curves.png")
+    psnr, loss = (axes.lines[0].get_xydata().tolist() for axes in saved[0].axes)
+    assert psnr == [[2.0, 20.0], [4.0, 21.0]]
+    assert loss == [[1.0, 9.0], [2.0, 8.0], [3.0, 7.0], [4.0, 6.0]]
+
+
 def test_curves_of_a_gan_show_both_losses_and_the_gap(tmp_path: Path, saved: list[Figure]) -> None:
     text = "step,train_critic_loss,train_critic_gap,train_generator_loss\n4,9,1.5,\n8,8,1.25,-2\n"
     figures.plot_curves(write_metrics(tmp_path / "metrics.csv", text), tmp_path / "curves.png")
