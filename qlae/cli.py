@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from qlae.config import TrainConfig, differences, option, without
+from qlae.config import TrainConfig, differences, option, with_method_options, without
 from qlae.errors import UserError
 from qlae.presets import preset
 from qlae.run_folder import RunFolder
@@ -208,7 +208,8 @@ def _parse_with(defaults: "Train", arguments: list[str]) -> object:
 def _train_defaults(asked: "Train") -> "Train":
     """The options of `train` from the preset for method and data, or from the run that goes on."""
     if asked.resume is None:
-        return Train(preset(asked.preset, asked.config.method, asked.config.data), preset=asked.preset)
+        config = preset(asked.preset, asked.config.method, asked.config.data)
+        return Train(with_method_options(config), preset=asked.preset)
     return Train(RunFolder.open(asked.resume)[1], preset=asked.preset)
 
 

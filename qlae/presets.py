@@ -1,7 +1,7 @@
 """Named presets: the configuration of a method on a data set, for a CPU or as published.
 
 Free of torch, so that the command line can show a preset's values in its help. A method's own options that no preset
-names have the values in the method's file.
+names have the values in qlae/method_options.py.
 """
 
 from collections.abc import Mapping

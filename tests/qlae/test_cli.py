@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from qlae.cli import main
 from qlae.compare.cells import GridFolder
 from qlae.compare.grid import Choice, Grid, load_grid
 from qlae.compare.worker import record_failure, work
-from qlae.config import TrainConfig, option
+from qlae.config import METHOD_OPTIONS, TrainConfig, option
 from qlae.data import DATASETS
+from qlae.method_options import OPTIONS
 from qlae.methods import METHODS
 from qlae.metrics import infomec
 from qlae.training import Trainer
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["--data", "tiny", "--steps", "6", "--evaluation-every", "3", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -162,11 +165,42 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
     assert all(name in text for name in METHODS)
 
 
+def default_in_help(capsys: pytest.CaptureFixture[str], option: str, *arguments: str) -> str:
+    explanation = help_of(capsys, *arguments).split(f" {option} ")[1]
+    return explanation.split("(default: ")[1].split(")")[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--levels K", "512"),
+        ("--quantization-weight X", "1.0"),
+        ("--commitment-weight X", "0.25"),
+        ("--beta X", "this method has none"),
+    ],
+)
+def test_help_shows_the_methods_own_options(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert default_in_help(capsys, option, "train", "vqvae", "--preset", "paper") == value
+
+
+def test_the_help_needs_no_torch() -> None:
+    program = "import sys; from qlae.cli import _parse; _parse(['train', 'vae']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("name", METHOD_OPTIONS)
+def test_an_options_help_names_the_methods_that_have_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text = help_of(capsys, "train").split(f" {option(name)} ")[1].split("(default: ")[0]
+    found = {method for method in METHODS if re.search(rf"[( ]{method}[,)]", text)}
+    assert found == {method for method, options in OPTIONS.items() if name in options}
+
+
 def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert "(default: 200000)" in help_of(capsys, "train", "--preset", "paper")
     assert "(default: 0.0002)" in help_of(capsys, "train", "infowgan-gp", "--preset", "paper")
-    assert "--beta X" in help_of(capsys, "train", "--preset", "paper", "vae", "--data", "shapes3d")
+    default = default_in_help(capsys, "--beta X", "train", "--preset", "paper", "vae", "--data", "shapes3d")
+    assert default == "3.0"
     assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
 
 
