@@ -304,7 +304,7 @@ def _traverse(command: Traverse) -> int:
     told = told_factors(evaluation.infomec, [factor.name for factor in dataset.factors])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot_traversals(strips, evaluation.active, path, told=told, discrete=method.latent.discrete)
+        plot_traversals(strips, evaluation.active, path, told=told, spacing=method.latent.spacing)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
     print(path)

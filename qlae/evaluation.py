@@ -165,10 +165,24 @@ def draw(model: Method, count: int, *, seed: int = 0) -> Tensor:
         model: a generative method.
         seed: of the draw; torch's global generator is not used.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
     with _evaluation_mode(model):
-        return model.decoder(model.latent.sample(count, generator)).sigmoid().cpu()
+        return model.decoder(_drawn(model, count, seed)).sigmoid().cpu()
+
+
+@torch.no_grad()
+def draw_codes(model: Method, count: int, *, seed: int = 0) -> Tensor:
+    """Codes [count, D] on the CPU of latents drawn from their prior; those of the images that `draw` makes.
+
+    Args:
+        model: a generative method.
+        seed: as for `draw`.
+    """
+    return model.latent.encode(_drawn(model, count, seed)).cpu()
+
+
+def _drawn(model: Method, count: int, seed: int) -> Tensor:
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    return model.latent.sample(count, generator)
 
 
 def _infomec_scores(scores: InfoMEC) -> dict[str, float]:
