@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from qlae.config import TrainConfig, differences, option, without
+from qlae.config import TrainConfig, differences, option, with_method_options, without
 from qlae.errors import UserError
 from qlae.presets import preset
 from qlae.run_folder import RunFolder
@@ -100,7 +100,7 @@ class Compare:
     root: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
     """Where downloaded data files lie."""
     rows: Annotated[tuple[str, ...] | None, arg(metavar="LABEL ...", help_behavior_hint=without("all"))] = None
-    """Rows of the grid to keep, by their labels."""
+    """Rows of the grid to work on, by their labels. Of the others, what is finished stays in the table."""
     data: Annotated[
         tuple[str, ...] | None, arg(metavar="NAME|FOLDER ...", help_behavior_hint=without("the grid's"))
     ] = None
@@ -208,7 +208,8 @@ def _parse_with(defaults: "Train", arguments: list[str]) -> object:
 def _train_defaults(asked: "Train") -> "Train":
     """The options of `train` from the preset for method and data, or from the run that goes on."""
     if asked.resume is None:
-        return Train(preset(asked.preset, asked.config.method, asked.config.data), preset=asked.preset)
+        config = preset(asked.preset, asked.config.method, asked.config.data)
+        return Train(with_method_options(config), preset=asked.preset)
     return Train(RunFolder.open(asked.resume)[1], preset=asked.preset)
 
 
@@ -303,7 +304,7 @@ def _traverse(command: Traverse) -> int:
     told = told_factors(evaluation.infomec, [factor.name for factor in dataset.factors])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot_traversals(strips, evaluation.active, path, told=told, discrete=method.latent.discrete)
+        plot_traversals(strips, evaluation.active, path, told=told, spacing=method.latent.spacing)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
     print(path)
@@ -324,16 +325,20 @@ def _evaluated(path: Path, device: str) -> "tuple[Dataset, Method, Evaluation]":
 
 def _compare(command: Compare) -> int:
     from qlae.compare.cells import GridFolder, check_configs
-    from qlae.compare.grid import Choice, load_grid
+    from qlae.compare.grid import Choice, load_grid, load_whole_grid
     from qlae.compare.job import check_options, completed, default_workers, run_job
     from qlae.compare.progress import Reporter
-    from qlae.compare.results import forget_failures, last_word, write_results
-    from qlae.compare.table import markdown
+    from qlae.compare.results import forget_failures, last_word, there_or_chosen, write_results
+    from qlae.compare.table import collect, markdown
 
     choice = Choice(command.rows, command.data, command.seeds, command.steps, command.device, command.root)
-    grid = load_grid(command.grid, choice)
+    grid, whole = load_grid(command.grid, choice), load_whole_grid(command.grid, choice)
     folder = GridFolder(command.output or Path("runs") / f"compare-{Path(command.grid).stem}")
-    check_configs(folder, grid.cells)
+    check_configs(folder, whole.cells)
+
+    def write() -> None:
+        write_results(there_or_chosen(whole, grid, folder), folder)
+
     number = None
     if not command.table_only:
         workers = default_workers(command.device) if command.workers is None else command.workers
@@ -342,10 +347,11 @@ def _compare(command: Compare) -> int:
         check_configs(folder, grid.cells)
         if command.retry:
             forget_failures(grid, folder)
-        reporter = Reporter(folder, grid.cells, on_change=lambda: write_results(grid, folder))
+        reporter = Reporter(folder, grid.cells, on_change=write)
         number = run_job(grid, folder, workers=workers, time_limit=command.time_limit, look=reporter.look)
         reporter.end()
-    print(markdown(write_results(grid, folder)))
+    write()
+    print(markdown(collect(grid, folder)))
     text, code = last_word(grid, folder)
     print(text or f"all {len(grid.cells)} cells are finished")
     print(f"tables and figures  {folder.path}")

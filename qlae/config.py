@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -11,6 +11,7 @@ import yaml
 from tyro.conf import Positional, arg
 
 from qlae.errors import UserError
+from qlae.method_options import OPTIONS
 
 
 def without(meaning: str) -> Callable[[str], str]:
@@ -19,7 +20,7 @@ def without(meaning: str) -> Callable[[str], str]:
 
 
 # how an option is shown that only some methods have
-OWN = without("the method's own")
+OWN = without("this method has none")
 
 SPLITS = ("held-out", "reference")
 SCHEDULES = ("constant", "cosine")
@@ -34,8 +35,9 @@ DEFAULT_NUM_LATENTS = 12
 class TrainConfig:
     """What is trained on what, and how; together with the seed it decides the result."""
 
-    method: Annotated[Positional[str], arg(metavar="[METHOD]")] = "qlae"
-    """Training method: qlae, qlinfowgan-gp, infowgan-gp, ae, vae, tcvae, bioae, vqvae or fsq."""
+    method: Annotated[
+        Positional[str], arg(metavar="[METHOD]", help=f"Training method: one of {', '.join(OPTIONS)}.")
+    ] = "qlae"
     data: Annotated[str, arg(metavar="NAME|FOLDER")] = "rooms3d"
     """Data set by name (`qlae data` lists them), or a folder of your own images."""
     root: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint=without("$QLAE_DATA, else data"))] = None
@@ -99,18 +101,7 @@ class TrainConfig:
 
 
 # what only some methods have; None leaves it to the method, or says that it has no such option
-METHOD_OPTIONS = (
-    "levels",
-    "codebook",
-    "quantization_weight",
-    "commitment_weight",
-    "beta",
-    "nonnegativity_weight",
-    "activity_weight",
-    "critic_steps",
-    "gradient_penalty",
-    "latent_weight",
-)
+METHOD_OPTIONS = tuple(dict.fromkeys(name for own in OPTIONS.values() for name in own))
 
 WEIGHTS = tuple(name for name in METHOD_OPTIONS if name not in ("levels", "codebook", "critic_steps"))
 
@@ -135,6 +126,26 @@ def check(config: TrainConfig) -> None:
     _require(config, "split", config.split in SPLITS, f"one of {', '.join(SPLITS)}")
     _require(config, "schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     _require(config, "device", config.device in DEVICES, f"one of {', '.join(DEVICES)}")
+
+
+def with_method_options(config: TrainConfig) -> TrainConfig:
+    """The configuration with the method's own value for each of its options that has none.
+
+    Raises:
+        UserError: for an unknown method, and for an option that is another method's.
+    """
+    if config.method not in OPTIONS:
+        raise UserError(f"unknown method {config.method!r}: choose one of {', '.join(OPTIONS)}")
+    own = OPTIONS[config.method]
+    for name in METHOD_OPTIONS:
+        value = getattr(config, name)
+        if value is not None and name not in own:
+            users = ", ".join(method for method, options in OPTIONS.items() if name in options)
+            raise UserError(
+                f"{option(name)} {value}: the method {config.method} has no such option, leave it out; "
+                f"methods that have it: {users}"
+            )
+    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -12,6 +12,9 @@ from qlae.data import Dataset
 from qlae.methods.base import Method
 from qlae.metrics import InfoMEC, active_latents, code_counts, infomec, perplexity, psnr_per_image
 
+# the variant of InfoMEC that runs are scored by (docs/metrics.md)
+PROTOCOL = "standalone"
+
 EXAMPLES = 16
 MAX_STRIP_CODES = 16
 
@@ -121,7 +124,7 @@ def evaluate(model: Method, dataset: Dataset, index: Tensor, *, batch_size: int 
     discrete = model.latent.discrete
     sources = torch.cat([dataset.sources(batch).cpu() for batch in index.split(batch_size)])
     return Evaluation(
-        infomec=infomec(codes, sources, discrete=discrete) if dataset.factors else None,
+        infomec=infomec(codes, sources, discrete=discrete, protocol=PROTOCOL) if dataset.factors else None,
         psnr=float(torch.cat(ratios).mean()),
         usage=code_counts(codes, levels) if discrete else None,
         perplexity=perplexity(codes, levels) if discrete else None,
@@ -162,10 +165,24 @@ def draw(model: Method, count: int, *, seed: int = 0) -> Tensor:
         model: a generative method.
         seed: of the draw; torch's global generator is not used.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
     with _evaluation_mode(model):
-        return model.decoder(model.latent.sample(count, generator)).sigmoid().cpu()
+        return model.decoder(_drawn(model, count, seed)).sigmoid().cpu()
+
+
+@torch.no_grad()
+def draw_codes(model: Method, count: int, *, seed: int = 0) -> Tensor:
+    """Codes [count, D] on the CPU of latents drawn from their prior; those of the images that `draw` makes.
+
+    Args:
+        model: a generative method.
+        seed: as for `draw`.
+    """
+    return model.latent.encode(_drawn(model, count, seed)).cpu()
+
+
+def _drawn(model: Method, count: int, seed: int) -> Tensor:
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    return model.latent.sample(count, generator)
 
 
 def _infomec_scores(scores: InfoMEC) -> dict[str, float]:

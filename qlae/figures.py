@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlae.data import Dataset
 from qlae.data.base import index_of_factors
-from qlae.evaluation import Evaluation, TraversalStrip, draw, spread, traverse
+from qlae.evaluation import Evaluation, TraversalStrip, draw, draw_codes, spread, traverse
 from qlae.methods.base import Method
 from qlae.metrics import InfoMEC, psnr_per_image
 from qlae.run_folder import RunFolder
@@ -79,12 +79,14 @@ NOT_DRAWN = frozenset({"step", "learning_rate"})
 def write_figures(run: RunFolder, method: Method, dataset: Dataset, evaluation: Evaluation) -> None:
     """Writes every figure of a run into its folder `figures`, in place of older ones.
 
-    The traversals start from the middle one of the evaluation's example images.
+    The traversals start from the middle one of the evaluation's example images; of a method that learns to generate,
+    from the first of its samples.
     """
     folder = run.figures
     folder.mkdir(exist_ok=True)
     factors = [factor.name for factor in dataset.factors]
-    strips = traverse(method, evaluation.codes[len(evaluation.codes) // 2], evaluation.positions)
+    base = draw_codes(method, SAMPLES)[0] if method.generative else evaluation.codes[len(evaluation.codes) // 2]
+    strips = traverse(method, base, evaluation.positions)
     plot_curves(run.metrics_file, folder / "curves.png")
     plot_reconstructions(evaluation.inputs, evaluation.reconstructions, folder / "reconstructions.png")
     if evaluation.usage is not None:
@@ -92,8 +94,8 @@ def write_figures(run: RunFolder, method: Method, dataset: Dataset, evaluation: 
     if method.generative:
         plot_samples(draw(method, SAMPLES), folder / "samples.png")
     told = told_factors(evaluation.infomec, factors)
-    discrete = method.latent.discrete
-    plot_traversals(strips, evaluation.active, folder / "traversals.png", told=told, discrete=discrete)
+    spacing = method.latent.spacing
+    plot_traversals(strips, evaluation.active, folder / "traversals.png", told=told, spacing=spacing)
     if evaluation.infomec is not None:
         plot_nmi(evaluation.infomec, factors, folder / "nmi.png")
 
@@ -156,7 +158,7 @@ def plot_traversals(
     path: Path,
     *,
     told: Sequence[str] | None = None,
-    discrete: bool = True,
+    spacing: str | None = None,
 ) -> None:
     """One row per latent: the image as that latent moves through its codes, or through its range, ascending.
 
@@ -167,7 +169,7 @@ def plot_traversals(
         active: bool [D].
         path: the PNG file to write.
         told: what each latent tells, D texts to write under its name; `told_factors` makes them.
-        discrete: whether latents have codes rather than a range of values.
+        spacing: what the values of continuous latents are, `Latent.spacing`; None for latents with codes.
     """
     names = [_told(latent, bool(active[latent]), told) for latent in range(len(strips))]
     caption, head = 0.22, 0.62
@@ -178,12 +180,11 @@ def plot_traversals(
     longest = max(len(strip.images) for strip in strips)
     width = max(label + longest * (TILE + GAP) + MARGIN, 5.2)
     axes = _canvas(width, head + len(strips) * row_height + MARGIN)
-    title = (
-        f"Each row moves one latent through its {'codes' if discrete else 'range'}, from the smallest to the largest"
-    )
+    what = "codes" if spacing is None else "range"
+    title = f"Each row moves one latent through its {what}, from the smallest to the largest"
     _write(axes, title if width > 6 else title.split(",")[0], MARGIN, 0.2, size=TEXT, ha="left", va="center")
     axes.add_patch(_frame(MARGIN, 0.36, 0.13, 0.13))
-    own = "code; numbers are code values" if discrete else "value; the others are quantiles from 1 % to 99 %"
+    own = "code; numbers are code values" if spacing is None else f"value; the others are {spacing}"
     if strips[0].values.dtype.kind != "f":
         own = "code; numbers are codes"
     _write(axes, f"the base image's own {own}", 0.36, 0.43, ha="left", va="center")

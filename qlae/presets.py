@@ -1,7 +1,7 @@
 """Named presets: the configuration of a method on a data set, for a CPU or as published.
 
 Free of torch, so that the command line can show a preset's values in its help. A method's own options that no preset
-names have the values in the method's file.
+names have the values in qlae/method_options.py.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ DEFAULT = Preset(
 )
 
 QUANTIZED = {"levels": 10, "quantization_weight": 0.01, "commitment_weight": 0.01}
-GAN = {"steps": 100_000, "batch_size": 64, "learning_rate": 2e-4}
+GAN = {"batch_size": 64, "learning_rate": 2e-4}
 
 # arXiv 2305.18378 as its reference implementation runs it (github.com/kylehkhsu/latent_quantization, configs/)
 PAPER = Preset(

@@ -71,7 +71,7 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """One row per evaluation, CSV."""
+        """Losses about a hundred times a run, and scores at each evaluation, one row a step, CSV."""
         return self.path / "metrics.csv"
 
     @property

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -42,6 +42,8 @@ PROGRESS = {
     "psnr": "PSNR {:.1f} dB",
     "critic_gap": "critic's gap {:.3f}",
 }
+# how often a run's losses are recorded, evaluations apart
+LOSS_ROWS = 100
 # what a time limit leaves for the figures and, before the first one was timed, for an evaluation
 FIGURE_SECONDS = 15.0
 EVALUATION_SECONDS = 15.0
@@ -68,13 +70,29 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: TrainConfig, path: Path, *, time_limit: float | None = None, progress: bool = True) -> Outcome:
+@dataclass
+class StopRequest:
+    """The number of the signal that asked training to stop, if one did."""
+
+    signal: int | None = None
+
+
+def train(
+    config: TrainConfig,
+    path: Path,
+    *,
+    time_limit: float | None = None,
+    progress: bool = True,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Trains a new run and writes its folder.
 
     Args:
         path: the run's folder, which must not exist or be empty.
         time_limit: minutes after which training ends, evaluation and figures included.
         progress: whether to show a progress bar and a line per evaluation.
+        stop: the request of a caller that catches signals itself; without it they are caught while training steps
+            are taken.
 
     Raises:
         UserError: for a configuration that cannot be, missing or wrong data, and a folder that exists.
@@ -91,10 +109,17 @@ def train(config: TrainConfig, path: Path, *, time_limit: float | None = None, p
     method = build_method(config, dataset.image_shape).to(device)
     run = RunFolder.create(path, config)
     trainer = Trainer(config, dataset, method, run, progress=progress)
-    return trainer.run(started, time_limit)
+    return trainer.run(started, time_limit, stop)
 
 
-def resume(config: TrainConfig, path: Path, *, time_limit: float | None = None, progress: bool = True) -> Outcome:
+def resume(
+    config: TrainConfig,
+    path: Path,
+    *,
+    time_limit: float | None = None,
+    progress: bool = True,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Goes on with a run from its last checkpoint, to the bit as if it had never stopped.
 
     On another device or with another number of threads the result is not the same to the bit.
@@ -103,6 +128,8 @@ def resume(config: TrainConfig, path: Path, *, time_limit: float | None = None, 
         config: the run's own configuration; only what `RESUMABLE_CHANGES` names may differ.
         path: the run's folder.
         time_limit: minutes for this call, as for `train`.
+        progress: as for `train`.
+        stop: as for `train`.
 
     Raises:
         UserError: for a missing or damaged checkpoint, or one of another configuration.
@@ -119,7 +146,7 @@ def resume(config: TrainConfig, path: Path, *, time_limit: float | None = None, 
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: the run in {path} has taken {trainer.step:,} steps, give more")
     run.write_config(config)
-    return trainer.run(started, time_limit)
+    return trainer.run(started, time_limit, stop)
 
 
 def check_time_limit(minutes: float | None) -> None:
@@ -199,7 +226,7 @@ class BatchSampler:
 
 @dataclass
 class RunningMeans:
-    """Means of the steps' values since the last evaluation, each over the steps that had it.
+    """Means of the steps' values since the last row of metrics.csv, each over the steps that had it.
 
     They are added one after the other in float64, so that the sums do not depend on when they were looked at.
     """
@@ -225,13 +252,6 @@ def _by_name(steps: list[dict[str, Tensor]], first: int) -> dict[str, tuple[list
             numbers.append(number)
             tensors.append(value)
     return {name: (numbers, torch.stack(tensors).tolist()) for name, (numbers, tensors) in columns.items()}
-
-
-@dataclass
-class StopRequest:
-    """The number of the signal that asked training to stop, if one did."""
-
-    signal: int | None = None
 
 
 @contextmanager
@@ -296,7 +316,7 @@ class Trainer:
         self.seconds_before = 0.0
         self.evaluation_seconds = EVALUATION_SECONDS
 
-    def run(self, started: float, time_limit: float | None) -> Outcome:
+    def run(self, started: float, time_limit: float | None, stop: StopRequest | None = None) -> Outcome:
         """Trains until the last step, the time limit or a signal; `started` is a `time.monotonic()`."""
         self.started = started
         if self.progress:
@@ -307,7 +327,7 @@ class Trainer:
         with (
             SummaryWriter(str(self.run_folder.events), purge_step=self.step + 1) as self.events,
             self._bar() as self.bar,
-            stop_on_signals() as request,
+            stop_on_signals() if stop is None else nullcontext(stop) as request,
             repeatable(),
         ):
             while self.step < self.config.steps:
@@ -318,7 +338,7 @@ class Trainer:
                     evaluation = evaluation or self._save_and_evaluate()
                     break
                 self._take_step()
-                evaluation = self._evaluate_when_due()
+                evaluation = self._record_when_due()
         return self._finish(evaluation)
 
     def state(self) -> dict[str, Any]:
@@ -354,10 +374,14 @@ class Trainer:
         self.pending.append(self.method.training_step(images))
         self.step += 1
 
-    def _evaluate_when_due(self) -> Evaluation | None:
+    def _record_when_due(self) -> Evaluation | None:
+        """Evaluates, or records the losses alone, or looks at them, or does nothing; returns the evaluation."""
         self.bar.update(self.step - self.bar.n)
         if self.step % self.config.evaluation_every and self.step != self.config.steps:
-            if time.monotonic() > self.next_look or len(self.pending) >= LOOK_STEPS:
+            if self.step % max(1, self.config.steps // LOSS_ROWS) == 0:
+                self._look()
+                self._record()
+            elif time.monotonic() > self.next_look or len(self.pending) >= LOOK_STEPS:
                 self._look()
             return None
         begun = time.monotonic()
@@ -401,12 +425,13 @@ class Trainer:
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.pending.clear()
 
-    def _record(self, evaluation: Evaluation) -> None:
+    def _record(self, evaluation: Evaluation | None = None) -> None:
+        """Adds a row: means of the losses since the last one, and the evaluation's scores, if there is one."""
         row = {
             "step": self.step,
             "learning_rate": self.config.learning_rate * learning_rate_factor(self.config, self.step - 1),
             **{f"train_{name}": value for name, value in self.means.means().items()},
-            **evaluation.row(),
+            **({} if evaluation is None else evaluation.row()),
         }
         self.rows.append(row)
         self.means = RunningMeans()
@@ -415,7 +440,7 @@ class Trainer:
             if name != "step":
                 self.events.add_scalar(name, value, self.step)
         self.events.flush()
-        if self.progress:
+        if self.progress and evaluation is not None:
             self.bar.write(f"step {self.step:,}: {evaluation.line()}")
 
     def _require_finite(self) -> None:
@@ -434,9 +459,10 @@ class Trainer:
 
     def _finish(self, evaluation: Evaluation | None) -> Outcome:
         evaluation = evaluation or self._evaluate()
+        write_figures(self.run_folder, self.method, self.dataset, evaluation)
+        # last, for it says that all is there
         cost = {"seconds": round(self._seconds(), 1), "steps": self.step}
         self.run_folder.write_summary(evaluation.summary() | cost)
-        write_figures(self.run_folder, self.method, self.dataset, evaluation)
         reason = "finished" if self.step == self.config.steps else "time limit"
         return Outcome(reason, self.step, evaluation)
 

@@ -15,7 +15,9 @@ from qlae.config import TrainConfig, differences, option
 from qlae.errors import UserError
 from qlae.run_folder import RunFolder
 
-SCORES = ("infom", "infoe", "infoc", "psnr", "seconds")
+SCORES = ("infom", "infoe", "infoc", "psnr", "active", "seconds")
+# what a score has to be reported with (docs/metrics.md)
+CONDITIONS = ("num_latents", "infoe_converged", "evaluation_images")
 
 
 class State(Enum):
@@ -91,11 +93,15 @@ def finished_summary(folder: GridFolder, cell: Cell) -> dict[str, object] | None
 
 
 def scores_of(folder: GridFolder, cell: Cell) -> dict[str, float] | None:
-    """The finished cell's `SCORES`, NaN for one that it has not (InfoMEC without known factors); None if unfinished."""
+    """The finished cell's `SCORES` and `CONDITIONS`; None if unfinished.
+
+    NaN stands for what the cell has not (InfoMEC without known factors), 1 and 0 for a regression that has converged
+    and one that has not.
+    """
     summary = finished_summary(folder, cell)
     if summary is None:
         return None
-    values = {name: summary.get(name) for name in SCORES}
+    values = {name: summary.get(name) for name in (*SCORES, *CONDITIONS)}
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 

@@ -88,18 +88,36 @@ def load_grid(name_or_file: str, choice: Choice | None = None) -> Grid:
     Raises:
         UserError: for an unknown preset, a file that is missing or not YAML, and whatever in it no run can have.
     """
-    choice = choice or Choice()
-    origin, text = _read(name_or_file)
-    try:
-        content = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not YAML ({' '.join(str(error).split())}): correct it") from error
-    return _build(_Source(origin, content), choice)
+    return _build(_source(name_or_file), choice or Choice())
+
+
+def load_whole_grid(name_or_file: str, choice: Choice) -> Grid:
+    """The grid of which `choice` is a part: all rows of the file, and its data sets and seeds with the chosen ones
+    that it does not name after them.
+
+    Raises:
+        UserError: as `load_grid`.
+    """
+    source = _source(name_or_file)
+    data = [*_data_options(source), *(choice.data or ())]
+    seeds = [*_seeds(source, Choice()), *(choice.seeds or ())]
+    # a data set is known by its label, and a chosen folder stands for the file's of the same label
+    by_label = {_label(name): name for name in data}
+    return _build(source, replace(choice, rows=None, data=list(by_label.values()), seeds=list(dict.fromkeys(seeds))))
 
 
 def slug(label: str) -> str:
     """`label` in small letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")
+
+
+def _source(name_or_file: str) -> "_Source":
+    origin, text = _read(name_or_file)
+    try:
+        content = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not YAML ({' '.join(str(error).split())}): correct it") from error
+    return _Source(origin, content)
 
 
 def _read(name_or_file: str) -> tuple[str, str]:
@@ -222,9 +240,13 @@ def _labels(source: _Source, names: Sequence[str]) -> dict[str, str]:
     """Data sets by what they are called in the table."""
     if not names:
         raise source.error("'data' is empty: name at least one data set")
-    labels = [Path(name).resolve().name if _is_folder(name) else name for name in names]
+    labels = [_label(name) for name in names]
     _require_distinct(source, "data", labels)
     return dict(zip(labels, names, strict=True))
+
+
+def _label(name: str) -> str:
+    return Path(name).resolve().name if _is_folder(name) else name
 
 
 def _require_distinct(source: _Source, place: str, labels: Sequence[str]) -> None:

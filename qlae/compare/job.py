@@ -95,7 +95,8 @@ def run_job(
         The number of the signal that asked to stop, if one did.
 
     Raises:
-        UserError: if the folder cannot be written, or workers die before they take a cell.
+        UserError: if the folder cannot be written, or workers die before they take a cell. This, and whatever `look`
+            raises, is raised after the workers have saved what is at hand.
     """
     deadline = math.inf if time_limit is None else time.monotonic() + 60.0 * time_limit
     crew = _Crew(grid.cells, folder, deadline, _places(grid.cells[0].config.device, min(workers, len(grid.cells))))
@@ -104,11 +105,15 @@ def run_job(
         try:
             crew.start()
             while crew.running:
-                crew.look_after(LOOK_SECONDS, replace_dead=request.signal is None)
+                try:
+                    crew.look_after(LOOK_SECONDS, replace_dead=request.signal is None)
+                    look()
+                except Exception as error:
+                    # raised below, when the workers have saved
+                    crew.problem = crew.problem or error
                 if not told and (request.signal is not None or crew.problem is not None):
                     told = True
                     crew.ask_to_stop()
-                look()
         finally:
             crew.kill()
     if crew.problem is not None:
@@ -151,24 +156,25 @@ class _Crew:
     deadline: float
     places: Sequence[_Place]
     running: list[_Worker] = field(default_factory=list)
-    problem: UserError | None = None
+    # the first one; it ends the job
+    problem: Exception | None = None
     signal: int | None = None
 
     def start(self) -> None:
         self.running = [self._hire(place) for place in self.places]
 
     def look_after(self, seconds: float, *, replace_dead: bool) -> None:
-        """Waits until a worker ends, `seconds` at most; one that crashed is replaced."""
+        """Waits until a worker ends, `seconds` at most; one that crashed is replaced unless the job is to end."""
         ended = wait([worker.process.sentinel for worker in self.running], timeout=seconds)
         for worker in [worker for worker in self.running if worker.process.sentinel in ended]:
             self.running.remove(worker)
             worker.process.join()
             code = worker.process.exitcode
             if code == PROBLEM_EXIT and worker.messages.poll():
-                self.problem = UserError(worker.messages.recv())
+                self.problem = self.problem or UserError(worker.messages.recv())
             elif code is not None and code > 128:
                 self.signal = code - 128
-            elif code != 0 and replace_dead:
+            elif code != 0 and replace_dead and self.problem is None:
                 self._replace(worker, f"the worker process ended with {_ending(code)}")
             worker.messages.close()
 

@@ -2,13 +2,30 @@
 
 from collections.abc import Sequence
 
-from qlae.compare.cells import GridFolder, State, owner, publish, state_of
+from qlae.compare.cells import GridFolder, State, finished_summary, owner, publish, state_of
 from qlae.compare.figure import draw
 from qlae.compare.grid import Cell, Grid, slug
 from qlae.compare.table import Entry, collect, latex, markdown, means_csv, seeds_csv
 from qlae.errors import UserError
 
 DONE_EXIT, FAILED_EXIT, UNFINISHED_EXIT = 0, 1, 3
+
+
+def there_or_chosen(whole: Grid, chosen: Grid, folder: GridFolder) -> Grid:
+    """What a comparison's files show: the rows, data sets and seeds of `whole` that are chosen or have a finished cell.
+
+    So work on a part of a grid adds to the table of the rest and does not take its place.
+    """
+    finished = [cell for cell in whole.cells if finished_summary(folder, cell) is not None]
+    data = {*chosen.data, *(cell.data for cell in finished)}
+    rows = {*chosen.rows, *(cell.row for cell in finished)}
+    seeds = {*chosen.seeds, *(cell.config.seed for cell in finished)}
+    return Grid(
+        tuple(each for each in whole.data if each in data),
+        tuple(each for each in whole.rows if each in rows),
+        tuple(each for each in whole.seeds if each in seeds),
+        tuple(cell for cell in whole.cells if cell.data in data and cell.row in rows and cell.config.seed in seeds),
+    )
 
 
 def write_results(grid: Grid, folder: GridFolder) -> list[Entry]:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from qlae.compare.cells import SCORES, GridFolder, scores_of
+from qlae.compare.cells import CONDITIONS, SCORES, GridFolder, scores_of
 from qlae.compare.grid import Grid
+from qlae.evaluation import PROTOCOL
 
 CONFIDENCE = 0.95
+
+# marks an InfoE whose regressions did not all converge
+UNCONVERGED = "*"
 
 # heading and decimals of each score
 COLUMNS = {
@@ -20,6 +24,7 @@ COLUMNS = {
     "infoe": ("InfoE", 2),
     "infoc": ("InfoC", 2),
     "psnr": ("PSNR, dB", 1),
+    "active": ("active", 1),
     "seconds": ("seconds", 0),
 }
 
@@ -30,18 +35,26 @@ class Entry:
 
     Attributes:
         seeds: of the grid.
-        scores: of the finished seeds: for each, its values by the names in `SCORES`, NaN for one it has not.
+        scores: of the finished seeds: for each, its values by the names in `SCORES` and `CONDITIONS`, NaN for one it
+            has not.
+        split: which images were trained on, as `TrainConfig` has it.
     """
 
     data: str
     row: str
     seeds: tuple[int, ...]
     scores: dict[int, dict[str, float]]
+    split: str = "held-out"
 
     @property
     def complete(self) -> bool:
         """Whether every seed is finished."""
         return len(self.scores) == len(self.seeds)
+
+    @property
+    def converged(self) -> bool:
+        """Whether InfoE's regressions converged for every finished seed that has them."""
+        return all(scores["infoe_converged"] != 0.0 for scores in self.scores.values())
 
     def values(self, score: str) -> np.ndarray:
         """float64 [S], the finished seeds' values that are numbers."""
@@ -54,9 +67,10 @@ def collect(grid: Grid, folder: GridFolder) -> list[Entry]:
     entries = []
     for data in grid.data:
         for row in grid.rows:
-            found = {cell.config.seed: scores_of(folder, cell) for cell in grid.of(data, row)}
+            cells = grid.of(data, row)
+            found = {cell.config.seed: scores_of(folder, cell) for cell in cells}
             scores = {seed: values for seed, values in found.items() if values is not None}
-            entries.append(Entry(data, row, grid.seeds, scores))
+            entries.append(Entry(data, row, grid.seeds, scores, cells[0].config.split))
     return entries
 
 
@@ -82,8 +96,12 @@ def caption(entries: Sequence[Entry]) -> str:
     if len(seeds) > 1:
         text += ", plus or minus half the width of Student's t 95 % interval over them"
     if not all(entry.complete for entry in entries):
-        text += "; (n/N): only n of N seeds are finished and counted"
-    return f"{text}. InfoM, InfoE, InfoC and PSNR on held-out images; higher is better."
+        text += "; (n/m): only n of m seeds are finished and counted"
+    text += f". InfoM, InfoE and InfoC by the protocol {PROTOCOL}, and PSNR, on {_images(entries)}; higher is better"
+    text += ". active: mean number of latents that vary, of those there are"
+    if not all(entry.converged for entry in entries):
+        text += f". {UNCONVERGED}: for at least one seed a regression of InfoE did not converge"
+    return f"{text}."
 
 
 def markdown(entries: Sequence[Entry]) -> str:
@@ -115,23 +133,43 @@ def latex(entries: Sequence[Entry]) -> str:
 
 
 def means_csv(entries: Sequence[Entry]) -> str:
-    """One line for each data set and row: seeds finished and wanted, mean and half-width of each score in full."""
+    """One line for each data set and row: seeds finished and wanted, mean and half-width of each score in full, and
+    the means of the conditions (`infoe_converged` is the share of the seeds)."""
     names = [name for score in SCORES for name in (score, f"{score}_half_width_95")]
     lines = []
     for entry in entries:
         numbers = [number for score in SCORES for number in interval(entry.values(score))]
-        lines.append([entry.data, entry.row, len(entry.scores), len(entry.seeds), *map(_plain, numbers)])
-    return _csv(["data", "row", "finished", "seeds", *names], lines)
+        numbers += [interval(entry.values(name))[0] for name in CONDITIONS]
+        lines.append([entry.data, entry.row, len(entry.scores), len(entry.seeds), *map(_plain, numbers), entry.split])
+    return _csv(["data", "row", "finished", "seeds", *names, *CONDITIONS, "split"], lines)
 
 
 def seeds_csv(entries: Sequence[Entry]) -> str:
     """One line for each finished cell."""
     lines = [
-        [entry.data, entry.row, seed, *(_plain(scores[name]) for name in SCORES)]
+        [entry.data, entry.row, seed, *(_plain(scores[name]) for name in (*SCORES, *CONDITIONS)), entry.split]
         for entry in entries
         for seed, scores in entry.scores.items()
     ]
-    return _csv(["data", "row", "seed", *SCORES], lines)
+    return _csv(["data", "row", "seed", *SCORES, *CONDITIONS, "split"], lines)
+
+
+def _images(entries: Sequence[Entry]) -> str:
+    """How many images the scores are of, and whether training saw them."""
+    counts: dict[str, str] = {}
+    for entry in entries:
+        numbers = sorted({int(number) for number in entry.values("evaluation_images")})
+        if numbers:
+            counts[entry.data] = " or ".join(f"{number:,}" for number in numbers)
+    if len(set(counts.values())) == 1:
+        which = f"N = {next(iter(counts.values()))} "
+    else:
+        which = " and ".join(f"N = {number} ({data})" for data, number in counts.items())
+        which += " " if counts else ""
+    splits = {entry.split for entry in entries}
+    if len(splits) > 1:
+        return f"{which}images, held out or not as each run's `split` says"
+    return f"{which}held-out images" if splits == {"held-out"} else f"{which}images that training sees too"
 
 
 def _by_data(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
@@ -146,8 +184,18 @@ def _cells(entry: Entry, plus_minus: str) -> list[str]:
     for score, (_, decimals) in COLUMNS.items():
         mean, half = interval(entry.values(score))
         text = "-" if math.isnan(mean) else f"{mean:,.{decimals}f}"
-        cells.append(text if math.isnan(half) else f"{text} {plus_minus} {half:,.{decimals}f}")
+        if score == "active":
+            text += _out_of(entry)
+        elif not math.isnan(half):
+            text += f" {plus_minus} {half:,.{decimals}f}"
+        cells.append(text + (UNCONVERGED if score == "infoe" and not entry.converged else ""))
     return cells
+
+
+def _out_of(entry: Entry) -> str:
+    """What stands behind the mean of active latents: how many there are."""
+    numbers = sorted({int(number) for number in entry.values("num_latents")})
+    return f" / {' or '.join(map(str, numbers))}" if numbers else ""
 
 
 def _mark(entry: Entry) -> str:

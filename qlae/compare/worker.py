@@ -14,7 +14,7 @@ from qlae.compare.cells import GridFolder, State, check_config, finished_summary
 from qlae.compare.claims import Owner, claim
 from qlae.compare.grid import Cell
 from qlae.errors import StorageError, UserError
-from qlae.training import DivergedError, Outcome, StopRequest, resume, stop_on_signals, train
+from qlae.training import DivergedError, StopRequest, resume, stop_on_signals, train
 
 # of the folder that all cells share; each would fail in turn
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
@@ -68,7 +68,7 @@ def _take(cell: Cell, folder: GridFolder, deadline: float, request: StopRequest)
         if not taken or finished_summary(folder, cell) is not None or folder.error(cell).exists():
             return
         try:
-            outcome = _run(cell, folder, (deadline - time.monotonic()) / 60.0)
+            _run(cell, folder, (deadline - time.monotonic()) / 60.0, request)
         except StorageError:
             raise
         except (DivergedError, UserError) as error:
@@ -77,19 +77,19 @@ def _take(cell: Cell, folder: GridFolder, deadline: float, request: StopRequest)
             if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
                 raise StorageError(f"{error}: make room or mend the folder") from error
             record_failure(folder, cell, f"{type(error).__name__}: {error}", traceback.format_exc())
-        else:
-            request.signal = request.signal or outcome.signal
 
 
-def _run(cell: Cell, folder: GridFolder, minutes: float) -> Outcome:
+def _run(cell: Cell, folder: GridFolder, minutes: float, request: StopRequest) -> None:
     """Begins the cell, or goes on with it from its last checkpoint."""
     run = folder.run(cell)
     limit = None if math.isinf(minutes) else max(minutes, 1e-3)
     if not has_checkpoint(run.checkpoint):
         _clear(run.path, cell, folder)
-        return train(cell.config, run.path, time_limit=limit, progress=False)
+        train(cell.config, run.path, time_limit=limit, progress=False, stop=request)
+        return
     ours = {name: getattr(cell.config, name) for name in ("device", "root", "evaluation_every")}
-    return resume(replace(check_config(run, cell), **ours), run.path, time_limit=limit, progress=False)
+    config = replace(check_config(run, cell), **ours)
+    resume(config, run.path, time_limit=limit, progress=False, stop=request)
 
 
 def _clear(path: Path, cell: Cell, folder: GridFolder) -> None:

@@ -1,6 +1,7 @@
 """What every kind of latent offers to training, evaluation and traversals."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ class Latent(nn.Module, ABC):
         features: F, numbers that the encoder returns for each image.
         width: W, numbers that the decoder takes for each image.
         levels: number of codes of each latent, D numbers; None where latents are continuous.
+        spacing: what the values are that a traversal moves a continuous latent through; None where it has codes.
     """
 
     num_latents: int
     features: int
     width: int
     levels: tuple[int, ...] | None = None
+    spacing: ClassVar[str | None] = None
 
     @property
     def discrete(self) -> bool:
@@ -67,7 +70,10 @@ class Latent(nn.Module, ABC):
 
 
 class SampledLatent(Latent, ABC):
-    """A latent with a prior, as the generator of a GAN needs it."""
+    """A latent with a prior, as the generator of a GAN needs it.
+
+    `encode` takes values that were drawn for features, and gives the codes that they have.
+    """
 
     @abstractmethod
     def sample(self, images: int, generator: torch.Generator | None = None) -> Tensor:

@@ -14,6 +14,8 @@ LOWEST_QUANTILE = 0.01
 class ContinuousLatent(Latent):
     """The features are the latents, the codes and the values; no loss term."""
 
+    spacing = "quantiles from 1 % to 99 %"
+
     def __init__(self, num_latents: int) -> None:
         super().__init__()
         self.num_latents = self.features = self.width = num_latents
@@ -63,6 +65,7 @@ class NonnegativeLatent(ContinuousLatent):
 class UniformLatent(ContinuousLatent, SampledLatent):
     """Continuous latents of a GAN, whose prior is uniform from 0 to 1; the encoder's numbers are not bounded."""
 
+    spacing = "evenly spaced over the prior"
     range: Tensor
 
     def __init__(self, num_latents: int) -> None:
@@ -73,3 +76,8 @@ class UniformLatent(ContinuousLatent, SampledLatent):
         low, high = self.range
         like = {"dtype": low.dtype, "device": low.device}
         return low + (high - low) * torch.rand(images, self.num_latents, generator=generator, **like)
+
+    def positions(self, codes: Tensor) -> list[Tensor]:
+        """Evenly spaced values of the prior's range, both ends included, the same for each latent."""
+        low, high = self.range.tolist()
+        return [torch.linspace(low, high, QUANTILES, dtype=codes.dtype, device=codes.device)] * self.num_latents

@@ -1,9 +1,6 @@
-"""Training methods by name. A new method is one file and one line in `METHODS`; docs/your-own-method.md shows it."""
+"""Training methods by name. docs/your-own-method.md shows what a new method takes."""
 
-from dataclasses import replace
-
-from qlae.config import METHOD_OPTIONS, TrainConfig, option
-from qlae.errors import UserError
+from qlae.config import TrainConfig, with_method_options
 from qlae.methods.ae import AE
 from qlae.methods.base import Method
 from qlae.methods.bioae import BioAE
@@ -43,23 +40,3 @@ def build_method(config: TrainConfig, image_shape: tuple[int, int, int]) -> Meth
     """
     config = with_method_options(config)
     return METHODS[config.method].from_config(config, image_shape)
-
-
-def with_method_options(config: TrainConfig) -> TrainConfig:
-    """The configuration with the method's own value for each of its options that has none.
-
-    Raises:
-        UserError: for an unknown method, and for an option that is another method's.
-    """
-    if config.method not in METHODS:
-        raise UserError(f"unknown method {config.method!r}: choose one of {', '.join(METHODS)}")
-    own = METHODS[config.method].options
-    for name in METHOD_OPTIONS:
-        value = getattr(config, name)
-        if value is not None and name not in own:
-            users = ", ".join(method for method, each in METHODS.items() if name in each.options)
-            raise UserError(
-                f"{option(name)} {value}: the method {config.method} has no such option, leave it out; "
-                f"methods that have it: {users}"
-            )
-    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})

@@ -41,7 +41,7 @@ class Autoencoder(Method):
     @classmethod
     @abstractmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> Latent:
-        """The method's latents; this and `options` are what one autoencoder has of its own."""
+        """The method's latents; this is what one autoencoder has of its own."""
 
     @classmethod
     def from_config(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> Self:

@@ -1,7 +1,6 @@
 """What every training method offers, and the optimizer that the paper trains them all with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,8 +17,6 @@ class Method(nn.Module, ABC):
     """A model that codes images by latents, together with the way it learns.
 
     Attributes:
-        options: the method's own options, fields of `TrainConfig` that are None for all others, with the values that
-            they have where none is given.
         generative: whether it learns to make images of latents drawn from their prior.
         encoder: images float32 [B, 3, H, W] in [0, 1] -> features [B, F].
         latent: features [B, F] -> codes [B, D], and values [B, W].
@@ -27,7 +24,6 @@ class Method(nn.Module, ABC):
         optimizers: by name; a checkpoint keeps the state of each.
     """
 
-    options: ClassVar[Mapping[str, Any]] = {}
     generative: ClassVar[bool] = False
     encoder: Encoder
     latent: Latent

@@ -1,7 +1,5 @@
 """BioAE (Whittington et al., ICLR 2023)."""
 
-from typing import ClassVar
-
 from qlae.config import TrainConfig
 from qlae.latents import NonnegativeLatent
 from qlae.methods.autoencoder import Autoencoder
@@ -9,8 +7,6 @@ from qlae.methods.autoencoder import Autoencoder
 
 class BioAE(Autoencoder):
     """Adds losses that keep latents nonnegative and their activity low."""
-
-    options: ClassVar = {"nonnegativity_weight": 1.0, "activity_weight": 0.1}
 
     @classmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> NonnegativeLatent:

@@ -1,9 +1,7 @@
 """FSQ, finite scalar quantization (Mentzer et al., arXiv 2309.15505), over the kernels of this project.
 
-docs/your-own-method.md walks through this file: it is all that a new method takes.
+docs/your-own-method.md walks through this file and says what else a new method takes.
 """
-
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,8 +31,6 @@ class FiniteScalarLatent(QuantizedLatent):
 
 class FSQ(Autoencoder):
     """Binary cross-entropy alone, with latents on a fixed grid."""
-
-    options: ClassVar = {"levels": 10}
 
     @classmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> FiniteScalarLatent:

@@ -69,7 +69,7 @@ class InfoWGAN(Method):
     @classmethod
     @abstractmethod
     def build_latent(cls, config: TrainConfig) -> SampledLatent:
-        """The method's latents; this and `options` are what one GAN has of its own."""
+        """The method's latents; this is what one GAN has of its own."""
 
     @classmethod
     def from_config(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> Self:

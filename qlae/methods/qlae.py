@@ -1,7 +1,5 @@
 """QLAE, the quantized-latent autoencoder (Hsu et al., arXiv 2305.18378, section 3)."""
 
-from typing import ClassVar
-
 from qlae.config import TrainConfig
 from qlae.latents import QuantizedLatent
 from qlae.methods.autoencoder import Autoencoder
@@ -10,8 +8,6 @@ from qlae_kernels import FusedLatentQuantizer
 
 class QLAE(Autoencoder):
     """Adds the quantization and commitment losses of scalar-quantized latents."""
-
-    options: ClassVar = {"levels": 10, "codebook": "learned", "quantization_weight": 0.3, "commitment_weight": 0.3}
 
     @classmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> QuantizedLatent:

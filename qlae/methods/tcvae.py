@@ -1,7 +1,6 @@
 """beta-TCVAE (Chen et al., NeurIPS 2018)."""
 
 from math import prod
-from typing import ClassVar
 
 from qlae.config import TrainConfig
 from qlae.latents import TotalCorrelationLatent
@@ -10,8 +9,6 @@ from qlae.methods.autoencoder import Autoencoder
 
 class TCVAE(Autoencoder):
     """Takes the KL divergence apart and weighs its total correlation by beta; per image element as in `VAE`."""
-
-    options: ClassVar = {"beta": 1.0}
 
     @classmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> TotalCorrelationLatent:

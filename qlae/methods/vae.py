@@ -1,7 +1,6 @@
 """beta-VAE (Higgins et al., ICLR 2017)."""
 
 from math import prod
-from typing import ClassVar
 
 from qlae.config import TrainConfig
 from qlae.latents import GaussianLatent
@@ -10,8 +9,6 @@ from qlae.methods.autoencoder import Autoencoder
 
 class VAE(Autoencoder):
     """Adds beta times the latents' KL divergence, per image element as the cross-entropy is."""
-
-    options: ClassVar = {"beta": 1.0}
 
     @classmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> GaussianLatent:

@@ -1,7 +1,5 @@
 """VQ-VAE (van den Oord et al., NeurIPS 2017) with one vector per latent."""
 
-from typing import ClassVar
-
 from qlae.config import TrainConfig
 from qlae.latents import VectorQuantizedLatent
 from qlae.methods.autoencoder import Autoencoder
@@ -9,8 +7,6 @@ from qlae.methods.autoencoder import Autoencoder
 
 class VQVAE(Autoencoder):
     """Adds the quantization and commitment losses of latents that are vectors of one codebook."""
-
-    options: ClassVar = {"levels": 512, "quantization_weight": 1.0, "commitment_weight": 0.25}
 
     @classmethod
     def build_latent(cls, config: TrainConfig, image_shape: tuple[int, int, int]) -> VectorQuantizedLatent:

@@ -1,10 +1,12 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,14 +20,16 @@ from qlae import figures, training
 from qlae.checkpoint import STATE, WEIGHTS
 from qlae.cli import main
 from qlae.compare.cells import GridFolder
-from qlae.compare.grid import Choice, load_grid
-from qlae.compare.worker import work
-from qlae.config import TrainConfig, option
+from qlae.compare.grid import Choice, Grid, load_grid
+from qlae.compare.worker import record_failure, work
+from qlae.config import METHOD_OPTIONS, TrainConfig, option
 from qlae.data import DATASETS
+from qlae.method_options import OPTIONS
 from qlae.methods import METHODS
 from qlae.metrics import infomec
 from qlae.training import Trainer
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["--data", "tiny", "--steps", "6", "--evaluation-every", "3", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -161,11 +165,42 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
     assert all(name in text for name in METHODS)
 
 
+def default_in_help(capsys: pytest.CaptureFixture[str], option: str, *arguments: str) -> str:
+    explanation = help_of(capsys, *arguments).split(f" {option} ")[1]
+    return explanation.split("(default: ")[1].split(")")[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--levels K", "512"),
+        ("--quantization-weight X", "1.0"),
+        ("--commitment-weight X", "0.25"),
+        ("--beta X", "this method has none"),
+    ],
+)
+def test_help_shows_the_methods_own_options(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert default_in_help(capsys, option, "train", "vqvae", "--preset", "paper") == value
+
+
+def test_the_help_needs_no_torch() -> None:
+    program = "import sys; from qlae.cli import _parse; _parse(['train', 'vae']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("name", METHOD_OPTIONS)
+def test_an_options_help_names_the_methods_that_have_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text = help_of(capsys, "train").split(f" {option(name)} ")[1].split("(default: ")[0]
+    found = {method for method in METHODS if re.search(rf"[( ]{method}[,)]", text)}
+    assert found == {method for method, options in OPTIONS.items() if name in options}
+
+
 def test_help_shows_the_preset_and_the_run_that_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert "(default: 200000)" in help_of(capsys, "train", "--preset", "paper")
-    assert "(default: 100000)" in help_of(capsys, "train", "infowgan-gp", "--preset", "paper")
-    assert "--beta X" in help_of(capsys, "train", "--preset", "paper", "vae", "--data", "shapes3d")
+    assert "(default: 0.0002)" in help_of(capsys, "train", "infowgan-gp", "--preset", "paper")
+    default = default_in_help(capsys, "--beta X", "train", "--preset", "paper", "vae", "--data", "shapes3d")
+    assert default == "3.0"
     assert "(default: tiny)" in help_of(capsys, "train", "--resume", "run")
 
 
@@ -487,6 +522,52 @@ def test_compare_draws_what_is_finished(comparison: list[str], capsys: pytest.Ca
     assert main([*comparison, "--table-only", "--seeds", "0", "1", "--rows", "five"]) == 3
     output = capsys.readouterr().out
     assert "| five (1/2) | " in output and "QLAE" not in output and "1 cell of 2 left" in output
+
+
+def test_a_choice_adds_to_the_table_of_the_rest(comparison: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = ["--seeds", "0", "1"]
+    assert main([*comparison, "--table-only", "--rows", "five", *seeds]) == 3
+    printed = capsys.readouterr().out
+    assert "| five (1/2) | " in printed and "QLAE" not in printed
+    table = Path("out/table.md").read_text()
+    assert table.index("| QLAE (1/2) | ") < table.index("| five (1/2) | ")
+    # seed 1 is not the grid's, and nobody asks for it now
+    assert main([*comparison, "--table-only", "--rows", "five"]) == 0
+    assert "| QLAE | " in Path("out/table.md").read_text() and "QLAE" not in capsys.readouterr().out
+    with Path("out/seeds.csv").open() as file:
+        assert len(file.readlines()) == 3
+
+
+def test_rows_that_are_not_chosen_need_the_grids_configuration_too(
+    comparison: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("grid.yaml").read_text()
+    Path("grid.yaml").write_text(text.replace("QLAE: {}", "QLAE: {levels: 9}"))
+    assert "'QLAE' on tiny has 9 now" in refused(capsys, *comparison, "--table-only", "--rows", "five")
+
+
+def test_retry_takes_cells_that_failed_up_again(
+    comparison: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the job's own process, which stands for its worker."""
+
+    def run_job(grid: Grid, folder: GridFolder, *, look: Callable[[], None], **_: object) -> None:
+        work(grid.cells, folder)
+        look()
+
+    monkeypatch.setattr("qlae.compare.job.run_job", run_job)
+    folder = GridFolder(Path("out"))
+    cell = load_grid("grid.yaml", Choice(rows=("five",), device="cpu")).cells[0]
+    folder.run(cell).summary_file.unlink()
+    record_failure(folder, cell, "no such kernel")
+    assert main(comparison) == 1
+    assert "failed   tiny/five/seed0: no such kernel" in capsys.readouterr().out
+    assert not folder.run(cell).summary_file.exists()
+    # a failure among the rows that are not chosen stays
+    assert main([*comparison, "--retry", "--rows", "QLAE"]) == 0
+    assert folder.error(cell).exists()
+    assert main([*comparison, "--retry"]) == 0
+    assert not folder.error(cell).exists() and folder.run(cell).summary_file.exists()
 
 
 @pytest.mark.parametrize(

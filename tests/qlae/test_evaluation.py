@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qlae.data import Dataset, Factor
 from qlae.data.base import factors_of_index
-from qlae.evaluation import draw, evaluate, traverse
+from qlae.evaluation import draw, draw_codes, evaluate, traverse
 from qlae.latents import ContinuousLatent, Latent, QuantizedLatent, UniformLatent
 from qlae.methods.base import Method
 from qlae_kernels import FusedLatentQuantizer
@@ -215,6 +215,22 @@ def test_continuous_strips_go_through_quantiles_and_the_base_value() -> None:
     assert strips[0].images[:, 1].unique().tolist() == [0.5]
     # what the evaluation gave stays as it was
     assert torch.equal(positions[0], torch.linspace(0.1, 0.9, 9))
+
+
+def test_a_uniform_prior_is_traversed_evenly_wherever_the_codes_lie() -> None:
+    positions = UniformLatent(3).positions(torch.randn(50, 3) + 7.0)
+    assert len(positions) == 3
+    for latent in positions:
+        assert latent.tolist() == pytest.approx([step / 9 for step in range(10)])
+
+
+def test_drawn_codes_are_those_of_the_drawn_images() -> None:
+    method = ToyMethod(quantized((3, 2, 1)))
+    with torch.no_grad():
+        method.latent.quantizer.codebook[0, :3] = torch.tensor([0.9, 0.1, 0.5])
+    codes = draw_codes(method, 50, seed=3)
+    assert codes.shape == (50, 3) and not codes.is_floating_point()
+    torch.testing.assert_close(method.decode(codes), draw(method, 50, seed=3))
 
 
 def test_drawn_images_are_those_of_the_prior() -> None:

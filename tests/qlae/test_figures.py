@@ -190,6 +190,14 @@ def test_curves(tmp_path: Path, saved: list[Figure]) -> None:
     assert active.get_xydata().tolist() == [[step, step / 1000] for step in range(2000, 10001, 2000)]
 
 
+def test_curves_of_losses_have_more_points_than_scores(tmp_path: Path, saved: list[Figure]) -> None:
+    text = "step,train_loss,psnr\n1,9,\n2,8,20\n3,7,\n4,6,21\n"
+    figures.plot_curves(write_metrics(tmp_path / "metrics.csv", text), tmp_path / "curves.png")
+    psnr, loss = (axes.lines[0].get_xydata().tolist() for axes in saved[0].axes)
+    assert psnr == [[2.0, 20.0], [4.0, 21.0]]
+    assert loss == [[1.0, 9.0], [2.0, 8.0], [3.0, 7.0], [4.0, 6.0]]
+
+
 def test_curves_of_a_gan_show_both_losses_and_the_gap(tmp_path: Path, saved: list[Figure]) -> None:
     text = "step,train_critic_loss,train_critic_gap,train_generator_loss\n4,9,1.5,\n8,8,1.25,-2\n"
     figures.plot_curves(write_metrics(tmp_path / "metrics.csv", text), tmp_path / "curves.png")
@@ -209,11 +217,12 @@ def test_samples(count: int, tmp_path: Path, saved: list[Figure]) -> None:
 
 def test_traversals_say_what_the_numbers_are(tmp_path: Path, saved: list[Figure]) -> None:
     strip = random_strips([3])[0]
-    figures.plot_traversals([strip], np.array([True]), tmp_path / "range.png", discrete=False)
+    figures.plot_traversals([strip], np.array([True]), tmp_path / "range.png", spacing="even")
     numbered = replace(strip, values=np.array([3, 17, 511]))
     figures.plot_traversals([numbered], np.array([True]), tmp_path / "codes.png")
     texts = [{text.get_text() for text in figure.axes[0].texts} for figure in saved]
     assert {"Each row moves one latent through its range", "-0.50", "0.00", "0.50"} <= texts[0]
+    assert "the base image's own value; the others are even" in texts[0]
     assert {"the base image's own code; numbers are codes", "3", "17", "511"} <= texts[1]
 
 
@@ -252,6 +261,26 @@ def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
     assert {path.name for path in run.figures.iterdir()} == without_factors
     figures.write_figures(run, method, dataset, evaluation)
     assert {path.name for path in run.figures.iterdir()} == without_factors | {"nmi.png"}
+
+
+@pytest.mark.parametrize("name", ["qlinfowgan-gp", "infowgan-gp"])
+def test_a_gans_traversals_start_from_its_first_sample(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    drawn: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(figures, "plot_samples", lambda images, path: drawn.update(sample=images[0]))
+    monkeypatch.setattr(figures, "plot_traversals", lambda strips, *_, **__: drawn.update(strips=strips))
+    for other in ("plot_curves", "plot_reconstructions", "plot_code_usage", "plot_nmi"):
+        monkeypatch.setattr(figures, other, lambda *_: None)
+    torch.manual_seed(0)
+    method = build_method(TrainConfig(method=name, num_latents=3), tiny.image_shape)
+    with torch.no_grad():
+        # in the order of its values the codebook is not in that of its codes
+        if name == "qlinfowgan-gp":
+            method.latent.quantizer.codebook.copy_(method.latent.quantizer.codebook.flip(1))
+    figures.write_figures(RunFolder(tmp_path), method, tiny, evaluate(method, tiny, torch.arange(64)))
+    for strip in drawn["strips"]:
+        torch.testing.assert_close(strip.images[strip.base], drawn["sample"])
 
 
 def test_factors_are_varied_alone(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

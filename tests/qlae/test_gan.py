@@ -112,6 +112,31 @@ def test_the_generators_loss(name: str) -> None:
     assert_gradients(method, stated, ("decoder", "latent"))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_two_steps_of_each_optimizer_are_adamws(name: str, images: Tensor) -> None:
+    """Written out for betas 0 and 0.9: without a first moment the step is along the gradient itself."""
+    method = build(name)
+    modules = {"critic": ("encoder", "critic"), "generator": ("decoder", "latent")}
+    steps = {"critic": lambda: method.critic_step(images), "generator": lambda: method.generator_step(IMAGES)}
+    for optimizer, take_step in steps.items():
+        own = {key: value for key, value in method.named_parameters() if key.split(".")[0] in modules[optimizer]}
+        squares = dict.fromkeys(own, 0.0)
+        moved = 0
+        for number in (1, 2):
+            before = {key: value.detach().clone() for key, value in own.items()}
+            take_step()
+            for key, value in own.items():
+                gradient = value.grad
+                squares[key] = 0.9 * squares[key] + 0.1 * gradient**2
+                scale = (squares[key] / (1.0 - 0.9**number)).sqrt() + 1e-8
+                free = key.endswith("bias") or key.startswith("latent")
+                expected = before[key] * (1.0 - (0.0 if free else 1e-3 * 0.1)) - 1e-3 * gradient / scale
+                torch.testing.assert_close(value.detach(), expected, rtol=1e-9, atol=1e-12, msg=f"{key}, {number}")
+                moved += not torch.equal(value.detach(), before[key])
+        # all but the critic's bias, which has no gradient
+        assert moved == 2 * len([key for key in own if key != "critic.bias"])
+
+
 def changed(method: InfoWGAN, before: dict[str, Tensor]) -> set[str]:
     """Modules of which a parameter is not as it was."""
     return {

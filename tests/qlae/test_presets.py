@@ -48,7 +48,7 @@ def test_what_the_papers_methods_have_in_common(method: str) -> None:
     expected = {
         "resolution": 64,
         "network": "paper",
-        "steps": 100_000 if gan else 200_000,
+        "steps": 200_000,
         "batch_size": 64 if gan else 128,
         "learning_rate": 2e-4 if gan else 1e-3,
         "schedule": "constant",

@@ -104,13 +104,49 @@ def test_a_run_writes_its_folder(tiny_config: TrainConfig, tmp_path: Path, figur
     assert summary["psnr"] == outcome.evaluation.psnr
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["8", "16", "20"]
-    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    # of so short a run every step is recorded
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 21)]
+    assert [row["step"] for row in rows if row["psnr"]] == ["8", "16", "20"]
+    for row in rows:
+        empty = {name for name, value in row.items() if not value}
+        assert empty == (set() if row["psnr"] else {"infom", "infoc", "infoe", "psnr", "active", "mean_perplexity"})
+        assert all(math.isfinite(float(value)) for value in row.values() if value)
     assert float(rows[-1]["psnr"]) == outcome.evaluation.psnr
     assert figures == [tmp_path / "run" / "figures"]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train_loss")] == [8, 16, 20]
+    assert [event.step for event in events.Scalars("psnr")] == [8, 16, 20]
+    assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"), [(20, 8, [5, 8, 10, 15, 16, 20]), (23, 23, [5, 10, 15, 20, 23]), (3, 2, [1, 2, 3])]
+)
+def test_losses_are_recorded_between_evaluations_as_means_since_the_last_row(
+    tiny_config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    every: int,
+    expected: list[int],
+) -> None:
+    losses: list[float] = []
+    original = Autoencoder.training_step
+
+    def training_step(method: Autoencoder, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = original(method, images)
+        losses.append(values["loss"].item())
+        return values
+
+    monkeypatch.setattr(Autoencoder, "training_step", training_step)
+    monkeypatch.setattr(training, "LOSS_ROWS", 4)
+    quiet(replace(tiny_config, steps=steps, evaluation_every=every), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == expected
+    for first, row in zip([0, *expected], rows, strict=False):
+        part = losses[first : int(row["step"])]
+        assert float(row["train_loss"]) == pytest.approx(sum(part) / len(part), rel=1e-12)
 
 
 def test_the_progress_bar_shows_loss_psnr_and_rate(
@@ -142,6 +178,20 @@ def test_another_seed_gives_another_run(tiny_config: TrainConfig, tmp_path: Path
     quiet(tiny_config, tmp_path / "one")
     quiet(replace(tiny_config, seed=1), tmp_path / "other")
     assert (tmp_path / "one" / "metrics.csv").read_text() != (tmp_path / "other" / "metrics.csv").read_text()
+
+
+def test_a_run_resumed_between_two_rows_equals_one_that_never_stopped(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of losses come every 5 steps; the run stops in step 13."""
+    monkeypatch.setattr(training, "LOSS_ROWS", 4)
+    quiet(tiny_config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 13)
+        quiet(tiny_config, tmp_path / "stopped")
+    _, saved = RunFolder.open(tmp_path / "stopped")
+    resume(saved, tmp_path / "stopped", progress=False)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize(
@@ -194,8 +244,11 @@ def test_a_gan_resumed_within_a_critic_cycle_equals_one_that_never_stopped(
     assert load_training_state(tmp_path / "stopped" / "checkpoint")["method"]["critic_steps_taken"] == 20
 
 
-def test_a_value_that_comes_every_few_steps_is_averaged_over_those(tiny_config: TrainConfig, tmp_path: Path) -> None:
+def test_a_value_that_comes_every_few_steps_is_averaged_over_those(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With an evaluation every 4 steps the first row has no generator's loss."""
+    monkeypatch.setattr(training, "LOSS_ROWS", 1)
     quiet(replace(tiny_config, method="infowgan-gp", evaluation_every=4, steps=12), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         losses = [row["train_generator_loss"] for row in csv.DictReader(file)]

@@ -3,6 +3,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 from PIL import Image
 
 from qlae.compare import figure
@@ -46,13 +48,60 @@ def test_every_seed_is_a_dot_and_the_mean_has_its_interval(figures: list[figure.
     assert all(len(set(line.get_ydata())) == 3 for line in dots)
     means = [line.get_xdata()[0] for line in lines if line.get_marker() == "|"]
     np.testing.assert_allclose(means, [0.85, 0.5])
-    # t(0.975, 2) / sqrt(3) = 2.484138
-    intervals = [line.get_xdata() for line in lines if line.get_linewidth() == 1.8 and len(line.get_xdata()) == 2]
-    np.testing.assert_allclose(intervals[0], [0.85 - 2.484138 * 0.05, 0.85 + 2.484138 * 0.05], rtol=1e-6)
-    np.testing.assert_allclose(intervals[1], [0.5 - 2.484138 * 0.1, 0.5 + 2.484138 * 0.1], rtol=1e-6)
+    # the panel shows the dots with a margin of 0.08 of their range
+    np.testing.assert_allclose(drawn.axes[0].get_xlim(), [0.36, 0.94])
+    # t(0.975, 2) / sqrt(3) = 2.484138; what reaches beyond the panel ends there with an arrow
+    intervals = bars(drawn.axes[0])
+    np.testing.assert_allclose(intervals[0], [0.85 - 2.484138 * 0.05, 0.94], rtol=1e-6)
+    np.testing.assert_allclose(intervals[1], [0.36, 0.5 + 2.484138 * 0.1], rtol=1e-6)
+    assert arrows(drawn.axes[0]) == [(pytest.approx(0.94), CARETRIGHT), (pytest.approx(0.36), CARETLEFT)]
+    assert "the interval goes on" in legend(drawn)
     # the first row is on top
     bottom, top = drawn.axes[0].get_ylim()
     assert top < 0 < 1 < bottom
+
+
+def bars(axes: Axes) -> list[np.ndarray]:
+    """Both ends of each interval's line."""
+    horizontal = [line for line in axes.get_lines() if len(set(line.get_ydata())) == 1]
+    return [line.get_xdata() for line in horizontal if len(line.get_xdata()) == 2]
+
+
+def arrows(axes: Axes) -> list[tuple[float, int]]:
+    lines = [line for line in axes.get_lines() if line.get_marker() in (CARETLEFT, CARETRIGHT)]
+    return [(line.get_xdata()[0], line.get_marker()) for line in lines]
+
+
+def legend(drawn: figure.Figure) -> set[str]:
+    return {text.get_text() for text in drawn.legends[0].get_texts()}
+
+
+def test_an_interval_within_the_panel_is_drawn_whole_and_needs_no_arrow(figures: list[figure.Figure]) -> None:
+    draw([entry("QLAE", [0.50, 0.51, 0.52]), entry("VAE", [0.2]), entry("AE", [0.9])])
+    axes = figures[0].axes[0]
+    np.testing.assert_allclose(bars(axes), [[0.51 - 2.484138 * 0.01, 0.51 + 2.484138 * 0.01]], rtol=1e-6)
+    assert not any(arrows(axes) for axes in figures[0].axes)
+    assert legend(figures[0]) == {"one seed", "mean and 95 % interval", "mean of QLAE"}
+
+
+def test_a_bounded_score_is_shown_within_its_bounds(figures: list[figure.Figure]) -> None:
+    """And with equal dots a panel has a width all the same."""
+    draw([entry("QLAE", [0.0, 0.5, 1.0])])
+    draw([entry("QLAE", [1.0, 1.0, 1.0])])
+    wide, narrow = figures
+    assert wide.axes[0].get_xlim() == (0.0, 1.0)
+    np.testing.assert_allclose(wide.axes[3].get_xlim(), [29.92, 31.08])
+    assert narrow.axes[0].get_xlim()[0] < narrow.axes[0].get_xlim()[1] == 1.0
+    low, high = narrow.axes[3].get_xlim()
+    assert low < 31.0 < high
+
+
+def test_text_is_readable_in_a_page_of_800_pixels(figures: list[figure.Figure]) -> None:
+    draw([entry("QLAE", [0.8, 0.9, 0.7])])
+    axes = figures[0].axes[0]
+    shown = [axes.title, *axes.get_xticklabels(), *axes.get_yticklabels(), *figures[0].legends[0].get_texts()]
+    scale = 800 / (72 * figures[0].get_size_inches()[0])
+    assert min(text.get_fontsize() * scale for text in shown) >= 12
 
 
 def test_unfinished_rows_say_so(figures: list[figure.Figure]) -> None:
@@ -64,7 +113,7 @@ def test_unfinished_rows_say_so(figures: list[figure.Figure]) -> None:
 def test_a_figure_of_little_is_a_picture(rows: list[list[float]]) -> None:
     content = draw([entry(f"row {number}", values) for number, values in enumerate(rows)])
     with Image.open(io.BytesIO(content)) as picture:
-        assert picture.format == "PNG" and picture.width == 1500
+        assert picture.format == "PNG" and picture.width == 1600
 
 
 def test_a_score_that_no_row_has_gets_no_panel(figures: list[figure.Figure]) -> None:

@@ -1,10 +1,12 @@
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from qlae.compare.grid import Choice, load_grid, slug
+from qlae.compare.grid import Choice, Grid, load_grid, load_whole_grid, slug
 from qlae.compare.job import completed
 from qlae.errors import UserError
+from qlae.methods import METHODS
 from qlae.presets import preset
 
 GRID = """
@@ -79,6 +81,24 @@ def test_the_command_line_wins_over_the_file(file: Path) -> None:
         assert (cell.config.steps, cell.config.device, cell.config.root) == (9, "cpu", file.parent)
 
 
+def test_the_whole_grid_has_the_files_parts_and_the_chosen_ones(file: Path) -> None:
+    choice = Choice(rows=("n_v = 20",), data=("mpi3d", "shapes3d"), seeds=(7, 1), steps=9, device="cpu")
+    whole = load_whole_grid(str(file), choice)
+    assert whole.data == ("rooms3d", "shapes3d", "mpi3d")
+    assert whole.rows == ("QLAE", "QLAE, no weight decay", "n_v = 20")
+    assert whole.seeds == (3, 1, 7)
+    assert set(load_grid(str(file), choice).cells) < set(whole.cells)
+
+
+def test_a_chosen_folder_stands_for_the_files_of_its_name(file: Path) -> None:
+    for parent in ("one", "other"):
+        (file.parent / parent / "pictures").mkdir(parents=True)
+    file.write_text(f"data: [{file.parent}/one/pictures]\nrows: {{QLAE: {{}}}}\nseeds: [0]")
+    other = str(file.parent / "other" / "pictures")
+    (cell,) = load_whole_grid(str(file), Choice(data=(other,))).cells
+    assert (cell.data, cell.config.data) == ("pictures", other)
+
+
 def test_a_folder_of_images_is_known_by_its_last_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (file.parent / "my pictures").mkdir()
     monkeypatch.chdir(file.parent)
@@ -149,18 +169,73 @@ def test_slugs() -> None:
     assert slug("decay 0.1") == "decay-0.1"
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "data", "seeds"), [("quick", 15, 1, 3), ("paper", 9, 4, 7), ("ablations", 9, 4, 7)]
-)
-def test_presets(name: str, rows: int, data: int, seeds: int) -> None:
-    grid = load_grid(name)
-    assert (len(grid.rows), len(grid.data), len(grid.seeds)) == (rows, data, seeds)
-    assert len(grid.cells) == rows * data * seeds
-    if name != "paper":
-        return
+PUBLISHED_DATA = ("shapes3d", "mpi3d_complex", "falcor3d", "isaac3d")
+
+
+def differing(grid: Grid, row: str, data: str) -> dict[str, object]:
+    """What a row sets otherwise than the row QLAE on the same data."""
+    (base, *_), (config, *_) = ([cell.config for cell in grid.of(data, each)] for each in ("QLAE", row))
+    names = [field.name for field in fields(config) if getattr(config, field.name) != getattr(base, field.name)]
+    return {name: getattr(config, name) for name in names}
+
+
+def test_the_preset_paper_has_the_published_rows() -> None:
+    grid = load_grid("paper")
+    assert (grid.data, grid.seeds) == (PUBLISHED_DATA, tuple(range(7)))
+    methods = {cell.row: cell.config.method for cell in grid.cells}
+    assert methods == {
+        "AE": "ae",
+        "VAE": "vae",
+        "beta-TCVAE": "tcvae",
+        "BioAE": "bioae",
+        "VQ-VAE": "vqvae",
+        "QLAE": "qlae",
+        "FSQ": "fsq",
+        "InfoWGAN-GP": "infowgan-gp",
+        "QLInfoWGAN-GP": "qlinfowgan-gp",
+    }
+    assert {(cell.config.split, cell.config.steps, cell.config.network) for cell in grid.cells} == {
+        ("reference", 200_000, "paper")
+    }
     decay = {(cell.data, cell.row): cell.config.weight_decay for cell in grid.cells}
     assert (decay["shapes3d", "QLAE"], decay["mpi3d_complex", "QLAE"], decay["isaac3d", "VQ-VAE"]) == (0.1, 1e-3, 0.01)
     assert {cell.config.beta for cell in grid.cells if cell.row == "VAE"} == {3.0, 0.1, 10.0, 0.3}
+
+
+@pytest.mark.parametrize("data", PUBLISHED_DATA)
+def test_the_preset_ablations_changes_one_thing_a_row(data: str) -> None:
+    grid = load_grid("ablations")
+    assert (grid.data, grid.seeds) == (PUBLISHED_DATA, tuple(range(7)))
+    assert {cell.config.split for cell in grid.cells} == {"reference"}
+    assert {row: differing(grid, row, data) for row in grid.rows if "VAE" not in row} == {
+        "QLAE": {},
+        "QLAE, no weight decay": {"weight_decay": 0.0},
+        "QLAE, global codebook": {"codebook": "global"},
+        "QLAE, fixed values": {"codebook": "fixed"},
+        "QLAE, n_v = 5": {"levels": 5},
+        "QLAE, n_v = 20": {"levels": 20},
+        "QLAE, n_v = 40": {"levels": 40},
+    }
+    vqvae, without_decay = (grid.of(data, row)[0].config for row in ("VQ-VAE", "VQ-VAE, no weight decay"))
+    assert (vqvae.method, vqvae.weight_decay) == ("vqvae", 0.01)
+    assert without_decay == replace(vqvae, weight_decay=0.0)
+    assert len(grid.rows) == 9
+
+
+def test_the_preset_quick_has_every_method_and_ablations() -> None:
+    grid = load_grid("quick")
+    assert (grid.data, grid.seeds) == (("rooms3d",), (0, 1, 2))
+    assert {cell.config.method for cell in grid.cells} == set(METHODS)
+    ablations = {row: differing(grid, row, "rooms3d") for row in grid.rows if row.startswith("QLAE")}
+    assert ablations == {
+        "QLAE": {},
+        "QLAE, no weight decay": {"weight_decay": 0.0},
+        "QLAE, weight decay 2": {"weight_decay": 2.0},
+        "QLAE, n_v = 5": {"levels": 5},
+        "QLAE, n_v = 20": {"levels": 20},
+        "QLAE, global codebook": {"codebook": "global"},
+        "QLAE, fixed values": {"codebook": "fixed"},
+    }
 
 
 def test_every_row_of_quick_builds_a_model() -> None:

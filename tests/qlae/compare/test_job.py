@@ -1,5 +1,6 @@
 """Jobs of real processes, on a folder of small pictures: without factors to score, a cell is a matter of moments."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,17 +8,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from qlae.checkpoint import load_training_state
+from qlae.compare import job
 from qlae.compare.cells import GridFolder, State, check_configs, owner, state_of
 from qlae.compare.grid import Choice, Grid, load_grid
-from qlae.compare.job import completed
+from qlae.compare.job import completed, run_job
 from qlae.errors import UserError
 from qlae.run_folder import RunFolder
 
@@ -85,7 +89,7 @@ def test_two_jobs_on_one_folder_do_no_cell_twice(comparison: Comparison) -> None
     codes = [job.returncode for job in jobs]
     assert 0 in codes and set(codes) <= {0, 3}, outputs
     table = (comparison.folder.path / "table.md").read_text()
-    assert "| QLAE | " in table and "(n/N)" not in table
+    assert "| QLAE | " in table and "(n/m)" not in table
     assert not list(comparison.folder.path.rglob("*.claim"))
 
 
@@ -136,6 +140,96 @@ def test_a_worker_that_crashes_is_replaced_and_its_cell_has_failed(comparison: C
     assert comparison.states() == [State.FAILED, State.DONE]
     assert "failed   pictures/long/seed0: the worker process ended with SIGKILL (out of memory?)" in output
     assert "1 of 2 cells done, 0 running, 1 failed" in errors
+
+
+def test_what_a_look_meets_ends_the_job_after_the_workers_have_saved(comparison: Comparison) -> None:
+    """The first checkpoint by the clock would come after a million steps."""
+    comparison.write({"QLAE": {}}, [0], steps=1_000_000, evaluation_every=1_000_000)
+    grid = completed(comparison.grid)
+    (cell,) = grid.cells
+    events = comparison.folder.run(cell).events
+
+    def look() -> None:
+        if events.exists():
+            raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        run_job(grid, comparison.folder, workers=1, time_limit=None, look=look)
+    assert load_training_state(comparison.folder.run(cell).checkpoint)["step"] >= 0
+    assert comparison.states() == [State.OPEN]
+    assert not comparison.folder.claim(cell).exists()
+
+
+class EndedProcess:
+    """A worker process that has ended, as the job sees it."""
+
+    pid = 1
+
+    def __init__(self, exitcode: int) -> None:
+        self.exitcode = exitcode
+        self.sentinel, other = Pipe()
+        # the end of a connection is ready to be read
+        other.close()
+
+    def join(self) -> None:
+        pass
+
+
+def ended_worker(exitcode: int, message: str | None = None) -> job._Worker:
+    receiver, sender = Pipe(duplex=False)
+    if message is not None:
+        sender.send(message)
+    return job._Worker(job._Place(1, None), EndedProcess(exitcode), receiver, None)
+
+
+def test_the_first_problem_is_kept_and_after_it_no_worker_is_replaced(
+    grid: Grid, folder: GridFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is told to stop while it still starts dies of the signal."""
+    hired: list[object] = []
+    monkeypatch.setattr(job._Crew, "_hire", lambda crew, place: hired.append(place))
+    crew = job._Crew(grid.cells, folder, math.inf, [])
+    crew.running = [ended_worker(job.PROBLEM_EXIT, "the disk is full"), ended_worker(-signal.SIGTERM)]
+    crew.look_after(10.0, replace_dead=True)
+    crew.running = [ended_worker(-signal.SIGTERM), ended_worker(job.PROBLEM_EXIT, "it is still full")]
+    crew.look_after(10.0, replace_dead=True)
+    assert str(crew.problem) == "the disk is full"
+    assert not hired and not crew.running
+
+
+def test_a_worker_that_dies_before_it_takes_a_cell_ends_the_job(grid: Grid, folder: GridFolder) -> None:
+    crew = job._Crew(grid.cells, folder, math.inf, [])
+    crew.running = [ended_worker(-signal.SIGSEGV)]
+    crew.look_after(10.0, replace_dead=True)
+    assert "ended with SIGSEGV before it took a cell" in str(crew.problem)
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "expected"),
+    [
+        (None, 5, ["0", "1", "2", "0", "1"]),
+        ("3, GPU-8a,5", 4, ["3", "GPU-8a", "5", "3"]),
+        ("2", 2, ["2", "2"]),
+    ],
+)
+def test_workers_share_the_gpus_in_turn(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, workers: int, expected: list[str]
+) -> None:
+    monkeypatch.setattr(job, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    places = job._places("auto", workers)
+    assert [place.gpu for place in places] == expected
+    assert {place.threads for place in places} == {12 // workers}
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 4), (3, 1), (9, 1)])
+def test_on_the_cpu_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, workers: int, threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    assert job._places("cpu", workers) == [job._Place(threads, None)] * workers
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from qlae.compare.cells import GridFolder, State, state_of
 from qlae.compare.claims import Owner
 from qlae.compare.grid import Grid
-from qlae.compare.results import forget_failures, last_word, write_results
+from qlae.compare.results import forget_failures, last_word, there_or_chosen, write_results
 from qlae.compare.worker import record_failure
 from qlae.errors import UserError
 
@@ -52,6 +52,21 @@ def test_a_result_that_cannot_be_written_leaves_the_former(
         write_results(grid, folder)
     assert (folder.path / "table.md").read_text() == before
     assert not [path for path in folder.path.iterdir() if path.name.startswith(".")]
+
+
+def part(grid: Grid, row: str, seed: int) -> Grid:
+    cells = tuple(cell for cell in grid.of("tiny", row) if cell.config.seed == seed)
+    return Grid(("tiny",), (row,), (seed,), cells)
+
+
+def test_what_is_chosen_or_finished_is_shown(grid: Grid, folder: GridFolder) -> None:
+    chosen = part(grid, "five", 1)
+    assert there_or_chosen(grid, grid, folder) == grid
+    assert there_or_chosen(grid, chosen, folder) == chosen
+    # QLAE with seed 0
+    finish(folder, grid, [0])
+    assert there_or_chosen(grid, chosen, folder) == grid
+    assert there_or_chosen(grid, part(grid, "QLAE", 0), folder) == part(grid, "QLAE", 0)
 
 
 def test_the_last_word_names_what_needs_attention(grid: Grid, folder: GridFolder) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from qlae import training
+from qlae import loading, training
 from qlae.checkpoint import STATE, WEIGHTS, load_training_state
 from qlae.compare import worker
 from qlae.compare.cells import GridFolder, State, check_configs, state_of
@@ -119,6 +119,65 @@ def test_a_signal_saves_and_the_next_work_goes_on_to_the_bit(
     training.train(grid.cells[0].config, tmp_path / "whole", progress=False)
     weights, others = (load_file(path / "checkpoint" / WEIGHTS) for path in (run.path, tmp_path / "whole"))
     assert all(weights[name].equal(others[name]) for name in weights)
+
+
+def raise_signal_from_another_thread(number: int) -> None:
+    """As a worker asks itself to stop when its job has died."""
+    thread = threading.Thread(target=os.kill, args=(os.getpid(), number))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGTERM, signal.raise_signal),
+        (signal.SIGINT, signal.raise_signal),
+        (signal.SIGTERM, raise_signal_from_another_thread),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_the_first_step_is_not_lost(
+    grid: Grid,
+    folder: GridFolder,
+    steps: Counter[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    send: Callable[[int], None],
+    begun: bool,
+) -> None:
+    if begun:
+        with monkeypatch.context() as patch:
+            before_step(patch, lambda trainer: trainer.step == 10 and signal.raise_signal(signal.SIGTERM))
+            work(grid.cells, folder)
+        steps.clear()
+    with monkeypatch.context() as patch:
+        for module in (training, loading):
+            original = module.load_dataset
+            patch.setattr(module, "load_dataset", lambda *a, o=original, **k: (send(number), o(*a, **k))[1])
+        assert work(grid.cells, folder) == number
+    assert steps.total() <= 1
+    assert states(grid, folder) == [State.OPEN] * 4
+    assert load_training_state(folder.run(grid.cells[0]).checkpoint)["step"] == (11 if begun else 0) + steps.total()
+
+
+def test_a_cell_without_its_figures_is_not_finished(
+    grid: Grid, folder: GridFolder, monkeypatch: pytest.MonkeyPatch, steps: Counter[tuple[int, int]]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_figures", fail)
+        work(grid.cells[:1], folder)
+    assert state_of(folder, grid.cells[0]) is State.FAILED
+    assert folder.error(grid.cells[0]).read_text().startswith("RuntimeError: no font")
+    folder.error(grid.cells[0]).unlink()
+    steps.clear()
+    work(grid.cells[:1], folder)
+    # it was trained already; it is scored and drawn again
+    assert not steps
+    assert state_of(folder, grid.cells[0]) is State.DONE
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_is_trained(
