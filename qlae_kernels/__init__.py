@@ -1,6 +1,6 @@
 """A fused scalar latent quantizer for PyTorch: nearest code, gradients and losses in one pass."""
 
-from qlae_kernels import latent_quantize_ops as _latent_quantize_ops  # exported programs find the ops registered
+import qlae_kernels.latent_quantize_ops  # noqa: F401  (registers the ops, for exported programs that are loaded)
 from qlae_kernels.backends import available_backends
 from qlae_kernels.latent_quantize import LatentQuantizerOutput, latent_quantize
 from qlae_kernels.quantizer import CodeUsage, FusedLatentQuantizer

@@ -13,6 +13,7 @@ from torch._C import _are_functorch_transforms_active as are_functorch_transform
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.utils._pytree import _register_namedtuple
 
 from qlae_kernels import latent_quantize_reference
 from qlae_kernels.backends import select_backend
@@ -43,6 +44,10 @@ class LatentQuantizerOutput(NamedTuple):
     quantized: Tensor
     indices: Tensor | None
     loss: Tensor
+
+
+# Lets torch.export save programs that return it.
+_register_namedtuple(LatentQuantizerOutput, serialized_type_name="qlae_kernels.LatentQuantizerOutput")
 
 
 def latent_quantize(

@@ -11,9 +11,9 @@ from qlae_kernels.latent_quantize import Call, cached_call, check_tensors, for_k
 from qlae_kernels.latent_quantize_onnx import decomposed_latent_quantize
 from qlae_kernels.latent_quantize_transforms import (
     Options,
-    TransformedLatentQuantize,
     batched_latent_quantize,
     gradients_at,
+    transformed_latent_quantize,
 )
 from qlae_kernels.problem import as_dense, compute_dtype_of, memory_order
 
@@ -24,7 +24,7 @@ def traced_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tup
     if torch.onnx.is_in_onnx_export():
         return decomposed_latent_quantize(z, codebook, options)
     if torch._C._are_functorch_transforms_active():
-        return TransformedLatentQuantize.apply(z, codebook, options)
+        return transformed_latent_quantize(z, codebook, options)
     return latent_quantize_op(z, codebook, *options)
 
 
@@ -153,9 +153,7 @@ def _backward_of_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
         # Of copies: the graph that leads to the saved tensors is not this function's to walk.
         inputs = [tensor.view_as(tensor) for tensor in tensors]
         outputs = gradients_at(indices, *inputs, channel_dim, *weights)
-    again = torch.autograd.grad(
-        outputs, inputs, grads, create_graph=torch.is_grad_enabled(), allow_unused=True
-    )
+    again = torch.autograd.grad(outputs, inputs, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
     return (*again, None, None, None, None, None)
 
 

@@ -1,7 +1,8 @@
-"""The op `latent_quantize` under torch.func: vmap, grad, vjp, jvp, jacrev, jacfwd and what is made of them."""
+"""The op `latent_quantize` under torch.func (vmap, grad, vjp, jvp, ...) and differentiated again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from qlae_kernels.problem import compute_dtype_of
 class Options(NamedTuple):
     """The arguments of the op that are no tensors."""
 
-    levels: list[int] | None
+    levels: Sequence[int] | None
     channel_dim: int
     quantization_weight: float
     commitment_weight: float
@@ -35,11 +36,14 @@ def gradients_at(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of z and of the codebook in plain PyTorch, in their own dtypes, given the indices.
 
-    Every transform and every order of differentiation passes through; nothing is larger than z or the codebook.
+    Differentiable in every tensor again.
     """
-    residual = residual_at(indices, z, codebook, channel_dim)
+    compute_dtype = compute_dtype_of(z.dtype)
+    values = z.to(compute_dtype)
+    residual = values - values_of(indices.long(), codebook.to(compute_dtype), channel_dim)
+    residual = residual.masked_fill(~z.isfinite(), torch.nan)
     scale = grad_loss * (2.0 / max(1, z.numel()))
-    grad_z = grad_quantized.to(residual.dtype) + scale * commitment_weight * residual
+    grad_z = grad_quantized.to(compute_dtype) + scale * commitment_weight * residual
     rows, levels = codebook.shape
     position = indices.long().movedim(channel_dim, -1)
     if rows > 1:
@@ -50,56 +54,24 @@ def gradients_at(
     return grad_z.to(z.dtype), grad_codebook.to(codebook.dtype)
 
 
-def residual_at(indices: Tensor, z: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
-    """z - codebook[d, indices] in the compute dtype; NaN where z is not finite."""
+def transformed_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's indices, and from these in plain PyTorch what any transform can pass through.
+
+    Losses are written with stop-gradients, as in arXiv 2305.18378, section 3.
+    """
+    call = options._replace(return_indices=True)
+    _, indices, _ = torch.ops.qlae.latent_quantize(z.detach(), codebook.detach(), *call)
     compute_dtype = compute_dtype_of(z.dtype)
-    z = z.to(compute_dtype)
-    codes = values_of(indices.long(), codebook.to(compute_dtype), channel_dim)
-    return (z - codes).masked_fill(~z.isfinite(), torch.nan)
-
-
-class TransformedLatentQuantize(torch.autograd.Function):
-    """The op's kernels forward; its derivatives in plain PyTorch, from the indices that the kernels found."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor, codebook: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.qlae.latent_quantize(z, codebook, *options._replace(return_indices=True))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Options], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        z, codebook, ctx.options = inputs
-        _, indices, _ = output
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(z, codebook, indices)
-        ctx.save_for_forward(z, codebook, indices)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_quantized: Tensor, _: Tensor | None, grad_loss: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
-        z, codebook, indices = ctx.saved_tensors
-        _, channel_dim, quantization_weight, commitment_weight, *_ = ctx.options
-        weights = (quantization_weight, commitment_weight)
-        return (*gradients_at(indices, z, codebook, grad_quantized, grad_loss, channel_dim, *weights), None)
-
-    @staticmethod
-    def jvp(
-        ctx: Any, tangent_z: Tensor | None, tangent_codebook: Tensor | None, _: None
-    ) -> tuple[Tensor, None, Tensor]:
-        z, codebook, indices = ctx.saved_tensors
-        channel_dim = ctx.options.channel_dim
-        residual = residual_at(indices, z, codebook, channel_dim)
-        change = torch.zeros_like(residual)
-        if tangent_z is not None:
-            change = change + ctx.options.commitment_weight * tangent_z.to(residual.dtype)
-        if tangent_codebook is not None:
-            of_codes = values_of(indices.long(), tangent_codebook.to(residual.dtype), channel_dim)
-            change = change - ctx.options.quantization_weight * of_codes
-        loss = (residual * change).sum() * (2.0 / max(1, z.numel()))
-        quantized = torch.zeros_like(z) if tangent_z is None else tangent_z.clone()
-        return quantized, None, loss
+    values = z.to(compute_dtype)
+    # Minus 0, or minus NaN where z is not finite.
+    not_finite = values.detach() - values.detach()
+    codes = values_of(indices.long(), codebook.to(compute_dtype), options.channel_dim) - not_finite
+    quantization = options.quantization_weight * (codes - values.detach()).square()
+    commitment = options.commitment_weight * (values - codes.detach()).square()
+    loss = (quantization + commitment).sum() / max(1, z.numel())
+    # Straight through: minus a zero with the gradient of -z, which leaves the code as it is to the bit.
+    quantized = codes.detach().to(z.dtype) - (z.detach() - z)
+    return quantized, indices, loss
 
 
 def batched_latent_quantize(
