@@ -1,5 +1,6 @@
 """A fused scalar latent quantizer for PyTorch: nearest code, gradients and losses in one pass."""
 
+import qlae_kernels.latent_quantize_ops  # noqa: F401  (registers the ops, for exported programs that are loaded)
 from qlae_kernels.backends import available_backends
 from qlae_kernels.code_usage import CodeUsage
 from qlae_kernels.latent_quantize import LatentQuantizerOutput, latent_quantize

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.utils._pytree import _register_namedtuple
 
 from qlae_kernels import latent_quantize_reference
 from qlae_kernels.backends import select_backend
@@ -42,6 +45,10 @@ class LatentQuantizerOutput(NamedTuple):
     quantized: Tensor
     indices: Tensor | None
     loss: Tensor
+
+
+# Lets torch.export save programs that return it.
+_register_namedtuple(LatentQuantizerOutput, serialized_type_name="qlae_kernels.LatentQuantizerOutput")
 
 
 def latent_quantize(
@@ -102,13 +109,17 @@ def latent_quantize(
             return_indices=return_indices,
             backend=backend,
         )
-    if is_compiling() or type(z) not in _PLAIN_TENSORS or type(codebook) not in _PLAIN_TENSORS:
-        from qlae_kernels.latent_quantize_ops import latent_quantize_op
+    if (
+        is_dynamo_compiling()
+        or are_functorch_transforms_active()
+        or dispatch_modes()
+        or type(z) not in _PLAIN_TENSORS
+        or type(codebook) not in _PLAIN_TENSORS
+    ):
+        # What is traced or transformed is to see an op; kernels called past the dispatcher would stay hidden.
+        from qlae_kernels.latent_quantize_ops import Options, traced_latent_quantize
 
-        check_tensors(z, codebook)
-        quantized, indices, loss = latent_quantize_op(
-            z,
-            codebook,
+        options = Options(
             levels,
             channel_dim,
             quantization_weight,
@@ -117,6 +128,7 @@ def latent_quantize(
             return_indices,
             backend,
         )
+        quantized, indices, loss = traced_latent_quantize(z, codebook, options)
         return LatentQuantizerOutput(quantized, indices if return_indices else None, loss)
     # Numbers, not tensors that could change under the cache's key.
     quantization_weight, commitment_weight = float(quantization_weight), float(commitment_weight)

@@ -7,8 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlae_kernels.latent_quantize import Call, cached_call, for_kernels, gradients_of
+from qlae_kernels.latent_quantize import Call, cached_call, check_tensors, for_kernels, gradients_of
+from qlae_kernels.latent_quantize_onnx import decomposed_latent_quantize
+from qlae_kernels.latent_quantize_transforms import (
+    Options,
+    batched_latent_quantize,
+    gradients_at,
+    transformed_latent_quantize,
+)
 from qlae_kernels.problem import as_dense, compute_dtype_of, memory_order
+
+
+def traced_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """`latent_quantize` where a call is traced or transformed; without `return_indices` the indices mean nothing."""
+    check_tensors(z, codebook)
+    if torch.onnx.is_in_onnx_export():
+        return decomposed_latent_quantize(z, codebook, options)
+    if torch._C._are_functorch_transforms_active():
+        return transformed_latent_quantize(z, codebook, options)
+    return latent_quantize_op(z, codebook, *options)
 
 
 def _call(z: Tensor, codebook: Tensor, levels: list[int] | None, *arguments: Any) -> Call:
@@ -117,3 +134,27 @@ def _backward(ctx: Any, grad_quantized: Tensor, _: Tensor | None, grad_loss: Ten
 
 
 latent_quantize_op.register_autograd(_backward, setup_context=_setup_context)
+latent_quantize_op.register_vmap(batched_latent_quantize)
+
+
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, levels, channel_dim, quantization_weight, commitment_weight, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.arguments = (levels, channel_dim, quantization_weight, commitment_weight, backend)
+
+
+def _backward_of_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    levels, channel_dim, *weights, backend = ctx.arguments
+    tensors = ctx.saved_tensors
+    options = Options(levels, channel_dim, *weights, torch.int64, True, backend)
+    with torch.no_grad():
+        _, indices, _ = latent_quantize_op(*tensors[:2], *options)
+    with torch.enable_grad():
+        # Of copies: the graph that leads to the saved tensors is not this function's to walk.
+        inputs = [tensor.view_as(tensor) for tensor in tensors]
+        outputs = gradients_at(indices, *inputs, channel_dim, *weights)
+    again = torch.autograd.grad(outputs, inputs, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    return (*again, None, None, None, None, None)
+
+
+latent_quantize_backward_op.register_autograd(_backward_of_backward, setup_context=_setup_context_of_backward)

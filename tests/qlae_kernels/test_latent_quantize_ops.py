@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from latent_quantize_statement import assert_same_bits, assert_within, gradients
+from latent_quantize_statement import VALUE_DTYPES, assert_same_bits, assert_within, compute_dtype, gradients
 from on_device import call_on, device_of, latent_quantize, on_backend
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import qlae_kernels
+from qlae.config import TrainConfig
+from qlae.methods import build_method
 from qlae_kernels import FusedLatentQuantizer, available_backends
 from qlae_kernels.latent_quantize_ops import latent_quantize_backward_op, latent_quantize_op
 
@@ -28,40 +31,72 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, levels: 
     return z, torch.randn(shape[1], levels, generator=generator).to(compute).requires_grad_()
 
 
-def layouts(dtype: torch.dtype) -> list[Tensor]:
+def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
     z, _ = problem((4, 3, 2, 5), dtype)
     z = z.detach()
-    expanded = z[:, :, :, :1].expand(4, 3, 2, 5)
-    return [z, z.to(memory_format=torch.channels_last), z.permute(2, 1, 0, 3), z[..., ::2], expanded]
+    return {
+        "contiguous": z,
+        "channels last": z.to(memory_format=torch.channels_last),
+        "permuted": z.permute(2, 1, 0, 3),
+        "strided": z[..., ::2],
+        "expanded": z[:, :, :, :1].expand(4, 3, 2, 5),
+        "two dimensions": z.flatten(1)[:, :3],
+    }
+
+
+dtypes = pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# The dtypes of `reference` come to the same dispatch.
+opchecked = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in available_backends()
+        for dtype in (VALUE_DTYPES if name != "reference" else VALUE_DTYPES[:1])
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+layout_names = pytest.mark.parametrize("layout", layouts(torch.float32))
+
+
+@opchecked
+@layout_names
+def test_opcheck_of_the_forward_op(name: str, dtype: torch.dtype, layout: str) -> None:
+    z = on_backend(layouts(dtype)[layout], name)
+    codebook = on_backend(problem((4, 3), dtype)[1], name)
+    arguments = (z.requires_grad_(), codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    torch.library.opcheck(latent_quantize_op, arguments)
 
 
 @backends
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
-)
-def test_opcheck_of_the_forward_op(name: str, dtype: torch.dtype) -> None:
-    codebook = on_backend(problem((4, 3), dtype)[1], name)
-    for z in layouts(dtype):
-        arguments = (on_backend(z, name).requires_grad_(), codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
-        torch.library.opcheck(latent_quantize_op, arguments, test_utils=("test_schema", "test_faketensor"))
+@dtypes
+def test_opcheck_of_the_forward_op_with_other_arguments(name: str, dtype: torch.dtype) -> None:
     # No indices, ragged levels, a negative channel_dim, a codebook of another dtype.
     z, codebook = (on_backend(tensor, name) for tensor in problem((5, 3), dtype))
     arguments = (z, codebook.half(), [10, 2, 5], -1, *WEIGHT_VALUES, torch.uint8, False, name)
     torch.library.opcheck(latent_quantize_op, arguments)
 
 
+@opchecked
+@layout_names
+def test_opcheck_of_the_backward_op(name: str, dtype: torch.dtype, layout: str) -> None:
+    z, codebook = layouts(dtype)[layout], problem((4, 3), dtype)[1].detach()
+    grad_loss = torch.ones((), dtype=compute_dtype(dtype))
+    tensors = (z, codebook if layout != "strided" else codebook.half(), torch.randn(z.shape).to(dtype), grad_loss)
+    placed = (on_backend(tensor, name).requires_grad_() for tensor in tensors)
+    torch.library.opcheck(latent_quantize_backward_op, (*placed, None, 1, *WEIGHT_VALUES, name))
+
+
 @backends
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
-)
-def test_opcheck_of_the_backward_op(name: str, dtype: torch.dtype) -> None:
-    _, codebook = problem((4, 3), dtype)
-    for z in layouts(dtype):
-        for codes in (codebook.detach(), codebook.detach().half()):
-            grad_loss = torch.ones((), dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-            tensors = (z, codes, torch.randn(z.shape).to(dtype), grad_loss)
-            arguments = (*(on_backend(tensor, name) for tensor in tensors), None, 1, *WEIGHT_VALUES, name)
-            torch.library.opcheck(latent_quantize_backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+def test_gradgradcheck_of_the_op(name: str) -> None:
+    codebook = torch.tensor([[-1.0, 0.0, 1.0, 3.0], [2.0, 0.5, -1.0, -2.0]], dtype=torch.float64)
+    # Far from the midpoints between codes, where indices jump.
+    z = torch.tensor([[0.2, 0.7], [-1.3, -0.8], [2.6, 1.9], [0.1, -2.4], [1.1, 0.4]], dtype=torch.float64)
+    z, codebook = (on_backend(tensor.requires_grad_(), name) for tensor in (z, codebook))
+
+    def values_and_loss(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        return latent_quantize_op(z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)[0::2]
+
+    assert torch.autograd.gradgradcheck(values_and_loss, (z, codebook))
 
 
 @backends
@@ -96,7 +131,7 @@ def test_one_output_of_the_op_may_go_unused(name: str, use_quantized: bool, use_
 @backends
 def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(name: str) -> None:
     codebook = on_backend(problem((4, 3))[1], name)
-    for z in (on_backend(layout, name) for layout in layouts(torch.float32)):
+    for z in (on_backend(layout, name) for layout in layouts(torch.float32).values()):
         want = qlae_kernels.latent_quantize(z, codebook, index_dtype=torch.int16, backend=name)
         mode = FakeTensorMode()
         fake_z, fake_codebook = (mode.from_tensor(tensor.detach()) for tensor in (z, codebook))
@@ -160,11 +195,47 @@ def test_compiled_without_indices_and_without_gradients(name: str) -> None:
         assert_same_bits(loss_of(z, codebook), want)
 
 
-def test_exported_module_gives_the_same_codes() -> None:
-    quantizer = FusedLatentQuantizer(3, 5)
-    z = torch.randn(6, 3)
-    batch = torch.export.Dim("batch")
-    exported = torch.export.export(quantizer, (z,), dynamic_shapes=({0: batch},))
-    for latents in (z, torch.randn(50, 3)):
-        for got, want in zip(exported.module()(latents), quantizer(latents), strict=True):
-            assert_same_bits(got, want)
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_static_shape_compiles_once() -> None:
+    model = Autoencoder()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(64, 8)
+        assert_same_bits(compiled(x)[1], model(x)[1])
+        compiled(x)[0].backward()
+
+
+def test_another_batch_size_compiles_once_more() -> None:
+    # PyTorch's own rule: the second size makes the batch dynamic, further ones compile nothing.
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Autoencoder()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in (64, 65, 66, 200, 3):
+        x = torch.randn(batch, 8)
+        objective, indices, *_ = compiled(x)
+        assert_same_bits(indices, model(x)[1])
+        objective.backward()
+    assert counter.frame_count == 2
+
+
+def test_a_compiled_qlae_has_the_codes_of_the_eager_one() -> None:
+    torch.manual_seed(0)
+    method = build_method(TrainConfig(network="compact", num_latents=4), (3, 16, 16))
+    images = torch.rand(8, 3, 16, 16)
+
+    def features_and_results(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = method.encoder(images)
+        values, terms = method.latent(features)
+        return features, method.latent.encode(features), method.decoder(values).mean() + terms["quantization"]
+
+    compiled = torch.compile(features_and_results, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (features_and_results, compiled):
+        method.zero_grad()
+        features, codes, objective = run(images)
+        # What comes before may be rounded otherwise when compiled; the codes are those of the features.
+        assert_same_bits(codes, method.latent.encode(features))
+        objective.backward()
+        gradients.append([parameter.grad.clone() for parameter in method.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
