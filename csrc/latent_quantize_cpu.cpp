@@ -31,9 +31,11 @@ using cpu::Search;
 using cpu::Traversal;
 using cpu::Work;
 
-// Measured crossovers: samples per latent that repay sorting the codebook (fewer where it is in order already, more
-// where it has few codes), and codes per vector lane up to which comparing to every boundary is faster than cells.
+// Measured crossovers: samples per latent that repay sorting few codes, and the fraction of them that repays sorting
+// many, and using many that are in order already; where there are few codes it takes more samples. Then codes per
+// vector lane up to which comparing to every boundary is faster than searching in cells.
 std::atomic<int64_t> min_samples_to_sort = 512;
+constexpr int64_t kManyCodes = 2;
 constexpr int64_t kSortedAlready = 8;
 constexpr int64_t kMinCodesToSort = 64;
 constexpr int64_t kThresholdCodesPerLane = 4;
@@ -42,7 +44,7 @@ constexpr int64_t kMaxRowsToSum = 64;
 constexpr int64_t kMaxPeriodicTable = int64_t{1} << 17;
 // Bytes of tables from which columns are visited in groups, and of the tables of one group. Cells are read here and
 // there, other tables from end to end, which asks for a faster cache.
-constexpr int64_t kMinBytesToGroup = int64_t{128} << 10, kMinCellBytesToGroup = int64_t{1} << 20;
+constexpr int64_t kMinBytesToGroup = int64_t{128} << 10, kMinCellBytesToGroup = int64_t{384} << 10;
 constexpr int64_t kGroupBytes = int64_t{32} << 10, kCellGroupBytes = int64_t{256} << 10;
 // Tables up to this size let short runs be traversed as a period, with whole vectors.
 constexpr int64_t kMaxShortRunsTable = 2048;
@@ -388,13 +390,13 @@ Survey survey_codebook(const CodebookView& codebook, int threads) {
 
 // More cells than that pay neither for themselves nor for the search.
 int64_t count_cells(int64_t samples, int64_t max_codes) {
-  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(2 * std::min(samples, max_codes))));
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::min(samples, 2 * max_codes))));
 }
 
 Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, int64_t rows, const Survey& survey) {
-  const int64_t unsorted = min_samples_to_sort.load(std::memory_order_relaxed);
   const bool few_codes = max_codes <= kThresholdCodesPerLane * lanes;
-  const int64_t enough = survey.in_order && !few_codes ? unsorted / kSortedAlready : unsorted;
+  const int64_t share = few_codes ? 1 : survey.in_order ? kSortedAlready : kManyCodes;
+  const int64_t enough = min_samples_to_sort.load(std::memory_order_relaxed) / share;
   const bool sort = samples >= enough && samples * max_codes >= enough * kMinCodesToSort;
   // A NaN code makes every z of its row an exception, and the direct search knows none.
   if (!sort && !survey.has_nan) return Search::kDirect;
