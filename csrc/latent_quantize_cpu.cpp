@@ -59,11 +59,12 @@ constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // Hands out aligned arrays that live until it dies. A small block is kept per thread, so that a call on a small tensor
-// allocates nothing; larger ones come from the pool.
+// allocates nothing; large ones come from the pool, whose pages are there already.
 class Workspace {
  public:
   ~Workspace() {
-    for (const BufferPool::Block& block : blocks_) BufferPool::instance().release(block);
+    for (const BufferPool::Block& block : pooled_) BufferPool::instance().release(block);
+    for (std::byte* block : owned_) ::operator delete(block, std::align_val_t{kAlignment});
   }
 
   template <class T>
@@ -84,18 +85,24 @@ class Workspace {
  private:
   static constexpr int64_t kAlignment = 64;
   static constexpr int64_t kKept = int64_t{64} << 10;
+  static constexpr int64_t kPooled = int64_t{256} << 10;
 
   static std::byte* kept() {
     alignas(kAlignment) static thread_local std::byte block[kKept];
     return block;
   }
   std::byte* allocate(int64_t bytes) {
-    blocks_.push_back(BufferPool::instance().acquire(bytes));
-    return static_cast<std::byte*>(blocks_.back().memory);
+    if (bytes < kPooled) {
+      owned_.push_back(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+      return owned_.back();
+    }
+    pooled_.push_back(BufferPool::instance().acquire(bytes));
+    return static_cast<std::byte*>(pooled_.back().memory);
   }
 
   int64_t used_ = 0;
-  std::vector<BufferPool::Block> blocks_;
+  std::vector<std::byte*> owned_;
+  std::vector<BufferPool::Block> pooled_;
 };
 
 std::vector<const Kernels*> runnable_kernels() {
