@@ -34,24 +34,24 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# `latent_quantize`: times beside peers and floors",
         "",
-        *_describe(results),
+        *describe(results),
         "",
         "## Against the floors (forward + backward, float32)",
         "",
-        *_markdown(*_floor_table(rows)),
+        *markdown(*_floor_table(rows)),
         "",
         "## Times: median [quartiles] of a call",
         "",
-        *_markdown(*_time_table(rows)),
+        *markdown(*_time_table(rows)),
         *_notes(rows),
         "",
         "## How many times as long as the fused op the others take: median [quartiles] over rounds",
         "",
-        *_markdown(*_ratio_table(rows)),
+        *markdown(*_ratio_table(rows)),
         "",
         "## Bytes that must move, per second of the fused op, and three copies of z in the same run",
         "",
-        *_markdown(*_traffic_table(rows)),
+        *markdown(*_traffic_table(rows)),
         "",
         "## Peak memory of one forward and backward pass",
         "",
@@ -60,7 +60,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe(results: dict[str, Any]) -> list[str]:
+def describe(results: dict[str, Any]) -> list[str]:
     machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items() if number)
     lines = [
@@ -83,9 +83,9 @@ def _floor_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     body = []
     for row in rows[:2]:
         contenders = row["contenders"]
-        cells = [_shape(row), _seconds(contenders["fused"]["seconds"])]
+        cells = [_shape(row), readable_seconds(contenders["fused"]["seconds"])]
         for floor in FLOORS:
-            cells += [_seconds(contenders[floor]["seconds"]), _factor(contenders[floor]["fused_over_this"])]
+            cells += [readable_seconds(contenders[floor]["seconds"]), factor(contenders[floor]["fused_over_this"])]
         body.append(cells)
     return header, body
 
@@ -142,7 +142,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         f"{_shape(memory)}, float32; z takes {memory['z_bytes'] / 1e6:,.1f} MB. The largest resident size of a process "
         "during a call, less its size before it; what is returned takes 3 times z's size (4 with int64 indices).",
         "",
-        *_markdown(["contender", "peak", "times z"], body),
+        *markdown(["contender", "peak", "times z"], body),
     ]
 
 
@@ -162,7 +162,7 @@ def _contender_names(rows: list[dict[str, Any]]) -> list[str]:
     return [*(name for name in STYLES if name in named and name not in FLOORS), *FLOORS]
 
 
-def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
+def markdown(header: list[str], body: list[list[str]]) -> list[str]:
     rule = ["---"] * len(header)
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
 
@@ -172,7 +172,7 @@ def _shape(row: dict[str, Any]) -> str:
     return f"{case['batch']:,} x {case['num_latents']} x {case['levels']}"
 
 
-def _seconds(seconds: float) -> str:
+def readable_seconds(seconds: float) -> str:
     scale, unit = next(
         (scale, unit) for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * scale >= 1 or unit == "us"
     )
@@ -181,16 +181,16 @@ def _seconds(seconds: float) -> str:
 
 def _seconds_with_quartiles(entry: dict[str, Any]) -> str:
     first, third = entry["quartiles"]
-    return f"{_seconds(entry['seconds'])} [{_seconds(first)}, {_seconds(third)}]"
+    return f"{readable_seconds(entry['seconds'])} [{readable_seconds(first)}, {readable_seconds(third)}]"
 
 
 def _inverse_with_quartiles(entry: dict[str, Any]) -> str:
     first, third = entry["fused_over_this_quartiles"]
-    return f"{_factor(1 / entry['fused_over_this'])} [{_factor(1 / third)}, {_factor(1 / first)}]"
+    return f"{factor(1 / entry['fused_over_this'])} [{factor(1 / third)}, {factor(1 / first)}]"
 
 
-def _factor(factor: float) -> str:
-    return _three_digits(factor)
+def factor(value: float) -> str:
+    return _three_digits(value)
 
 
 def _three_digits(value: float) -> str:

@@ -13,39 +13,58 @@
 #include <new>
 #include <numeric>
 #include <stdexcept>
-#include <type_traits>
+#include <utility>
 
+#include "buffer_pool.h"
+#include "latent_quantize_cpu_codebook.h"
 #include "latent_quantize_cpu_kernels.h"
 
 namespace qlae {
 namespace {
 
 using cpu::BackwardWork;
+using cpu::CodeKey;
 using cpu::ForwardWork;
 using cpu::Kernels;
+using cpu::Range;
 using cpu::Search;
 using cpu::Traversal;
 using cpu::Work;
 
-// Measured crossovers: samples per latent that repay sorting the codebook (with few codes it takes more of them), and
-// codes per vector lane up to which comparing to every boundary is faster than searching in cells.
+// Measured crossovers: samples per latent that repay sorting few codes, and the fraction of them that repays sorting
+// many, and using many that are in order already; where there are few codes it takes more samples. Then codes per
+// vector lane up to which comparing to every boundary is faster than searching in cells.
 std::atomic<int64_t> min_samples_to_sort = 512;
+constexpr int64_t kManyCodes = 2;
+constexpr int64_t kSortedAlready = 8;
 constexpr int64_t kMinCodesToSort = 64;
 constexpr int64_t kThresholdCodesPerLane = 4;
 // Codes per latent up to which summing by table row is faster than adding element by element.
 constexpr int64_t kMaxRowsToSum = 64;
 constexpr int64_t kMaxPeriodicTable = int64_t{1} << 17;
+// Bytes of tables from which columns are visited in groups, and of the tables of one group. Cells are read here and
+// there, other tables from end to end, which asks for a faster cache.
+constexpr int64_t kMinBytesToGroup = int64_t{128} << 10, kMinCellBytesToGroup = int64_t{384} << 10;
+constexpr int64_t kGroupBytes = int64_t{32} << 10, kCellGroupBytes = int64_t{256} << 10;
+// Tables up to this size let short runs be traversed as a period, with whole vectors.
+constexpr int64_t kMaxShortRunsTable = 2048;
+// Neighbouring latents in a group, at least: they fill a cache line in every element type.
+constexpr int64_t kMinGroupLatents = 32;
 constexpr int64_t kMaxParts = 64;
+// Parts that the elements are cut into though each must clear and add up sums for all codes.
+constexpr int64_t kMinPartsWithSums = 4;
 constexpr int64_t kMinElementsPerPart = 16384;
+constexpr int64_t kMinCodesPerPiece = 16384;
 constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
-// Hands out aligned arrays that live until it dies. A small block is kept per thread, so that a call on a
-// small tensor allocates nothing.
+// Hands out aligned arrays that live until it dies. A small block is kept per thread, so that a call on a small tensor
+// allocates nothing; large ones come from the pool, whose pages are there already.
 class Workspace {
  public:
   ~Workspace() {
-    for (const auto& [pointer, bytes] : blocks_) ::operator delete(pointer, std::align_val_t{kAlignment});
+    for (const BufferPool::Block& block : pooled_) BufferPool::instance().release(block);
+    for (std::byte* block : owned_) ::operator delete(block, std::align_val_t{kAlignment});
   }
 
   template <class T>
@@ -66,19 +85,24 @@ class Workspace {
  private:
   static constexpr int64_t kAlignment = 64;
   static constexpr int64_t kKept = int64_t{64} << 10;
+  static constexpr int64_t kPooled = int64_t{256} << 10;
 
   static std::byte* kept() {
     alignas(kAlignment) static thread_local std::byte block[kKept];
     return block;
   }
   std::byte* allocate(int64_t bytes) {
-    auto* block = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment}));
-    blocks_.emplace_back(block, bytes);
-    return block;
+    if (bytes < kPooled) {
+      owned_.push_back(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+      return owned_.back();
+    }
+    pooled_.push_back(BufferPool::instance().acquire(bytes));
+    return static_cast<std::byte*>(pooled_.back().memory);
   }
 
   int64_t used_ = 0;
-  std::vector<std::pair<std::byte*, int64_t>> blocks_;
+  std::vector<std::byte*> owned_;
+  std::vector<BufferPool::Block> pooled_;
 };
 
 std::vector<const Kernels*> runnable_kernels() {
@@ -105,21 +129,62 @@ int64_t lanes_of(const Kernels& kernels) {
   return kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
 }
 
-// How z is traversed, and which codebook row each lane of each column belongs to.
-Traversal plan_traversal(const LatentLayout& layout, int64_t lanes, int64_t max_codes) {
+// How z is traversed. `latent_bytes` are those of the tables of one latent.
+Traversal plan_traversal(const LatentLayout& layout, int64_t lanes, Search search, int64_t max_codes,
+                         int64_t latent_bytes) {
+  const bool in_cells = search == Search::kCells;
   const int64_t period = layout.num_latents * layout.inner;
-  const bool runs = layout.inner >= 4 * lanes || (layout.inner > 1 && period * max_codes > kMaxPeriodicTable);
-  if (runs) {
+  const int64_t table = period * (in_cells ? 1 : max_codes);
+  const bool short_runs = layout.inner < 4 * lanes ? table <= std::max(kMaxPeriodicTable, layout.size() / 4)
+                                                   : layout.inner < 8 * lanes && table <= kMaxShortRunsTable;
+  const int64_t min_bytes_to_group = in_cells ? kMinCellBytesToGroup : kMinBytesToGroup;
+  if (layout.inner > 1 && !short_runs) {
     const int64_t length = 4096;
     const int64_t units = layout.outer * layout.num_latents * ((layout.inner + length - 1) / length);
-    return {false, layout.size(), layout.inner, layout.num_latents, length, units};
+    const int64_t groups = layout.num_latents * latent_bytes > min_bytes_to_group ? layout.num_latents : 1;
+    return {false, layout.size(), layout.inner, layout.num_latents, length, units, groups, layout.num_latents / groups};
   }
+  // The tables of columns have an entry for each element of a period, those of cells for each latent.
+  const int64_t element_bytes = in_cells ? std::max<int64_t>(1, latent_bytes / layout.inner) : latent_bytes;
+  const bool grouped = period * element_bytes > min_bytes_to_group && period >= 2 * kMinGroupLatents;
   // Short periods repeat until they fill whole vectors; for long ones a partial vector per period costs less.
-  const int64_t segment = period < 128 ? std::lcm(period, lanes) : period;
+  const int64_t segment = period < 128 && !grouped ? std::lcm(period, lanes) : period;
   const int64_t used = std::min(segment, layout.size());
-  const int64_t length = std::clamp<int64_t>(8192 / segment, 4, 256);
+  const int64_t columns = (used + lanes - 1) / lanes;
+  const int64_t in_cache = (in_cells ? kCellGroupBytes : kGroupBytes) / element_bytes;
+  const int64_t group_columns = grouped ? std::min(columns, std::max(kMinGroupLatents, in_cache) / lanes) : columns;
+  const int64_t groups = (columns + group_columns - 1) / group_columns;
+  const int64_t length = std::clamp<int64_t>(8192 / (groups == 1 ? segment : group_columns * lanes), 4, 256);
   const int64_t units = std::max<int64_t>(1, (layout.size() / segment + length - 1) / length);
-  return {true, layout.size(), segment, (used + lanes - 1) / lanes, length, units};
+  return {true, layout.size(), segment, columns, length, groups * units, groups, group_columns};
+}
+
+// Calls body(part) for every part; parts are independent.
+template <class Body>
+void for_each_part(int64_t parts, int threads, Body body) {
+  const int team = static_cast<int>(std::min<int64_t>(parts, std::max(threads, 1)));
+  if (team == 1) {
+    for (int64_t part = 0; part < parts; ++part) body(part);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+  for (int64_t part = 0; part < parts; ++part) body(part);
+}
+
+// One piece of a codebook per thread, where they are worth one; what is made of them does not depend on their number.
+int64_t count_pieces(const CodebookView& codebook, int threads) {
+  const int64_t most = std::min<int64_t>(codebook.rows, std::max(threads, 1));
+  return std::clamp<int64_t>(codebook.rows * codebook.stride / kMinCodesPerPiece, 1, most);
+}
+
+// Calls body(row, piece) for every row of the codebook.
+template <class Body>
+void for_each_row(const CodebookView& codebook, int threads, Body body) {
+  const int64_t pieces = count_pieces(codebook, threads);
+  for_each_part(pieces, threads, [&](int64_t piece) {
+    const int64_t end = codebook.rows * (piece + 1) / pieces;
+    for (int64_t row = codebook.rows * piece / pieces; row < end; ++row) body(row, piece);
+  });
 }
 
 // The distinct codes of one row in ascending order, each under its smallest index, with the boundaries between them.
@@ -128,7 +193,7 @@ struct SortedCodes {
   std::vector<T> values;
   std::vector<int64_t> indices;
   std::vector<T> thresholds;
-  T bound;
+  Range<T> exact;
 
   SortedCodes(const T* codes, int64_t count) {
     std::vector<int64_t> order(count);
@@ -140,19 +205,22 @@ struct SortedCodes {
       values.push_back(codes[index]);
       indices.push_back(index);
     }
-    bound = finite ? exact_bound(std::max(std::abs(values.front()), std::abs(values.back())), smallest_gap()) : T(-1);
+    if (finite) exact = cpu::exact_range(values.data(), static_cast<int64_t>(values.size()));
     thresholds.assign(values.size(), std::numeric_limits<T>::infinity());
     for (size_t rank = 1; finite && rank < values.size(); ++rank)
       thresholds[rank] = threshold_between(values[rank - 1], values[rank], indices[rank] < indices[rank - 1]);
   }
-
- private:
-  T smallest_gap() const {
-    T gap = std::numeric_limits<T>::max();
-    for (size_t rank = 1; rank < values.size(); ++rank) gap = std::min(gap, values[rank] - values[rank - 1]);
-    return gap;
-  }
 };
+
+int64_t max_num_codes(const CodebookView& codebook) {
+  if (!codebook.levels) return codebook.stride;
+  return *std::max_element(codebook.levels, codebook.levels + codebook.rows);
+}
+
+template <class T>
+const T* codes_of(const CodebookView& codebook, int64_t row) {
+  return static_cast<const T*>(codebook.values) + row * codebook.stride;
+}
 
 // Calls fill(codebook_row, at) for every lane of every column; entry r of the lane's table is at `at + r * lanes`.
 template <class T, class Fill>
@@ -169,28 +237,25 @@ void build_direct_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int
   T* values = workspace.array<T>(work.traversal.columns * max_codes * lanes);
   work.columns.values = values;
   for_each_lane(work, lanes, [&](int64_t codebook_row, int64_t at) {
-    const T* codes = static_cast<const T*>(work.codebook.values) + codebook_row * work.codebook.stride;
+    const T* codes = codes_of<T>(work.codebook, codebook_row);
     const int64_t count = work.codebook.num_codes(codebook_row);
     for (int64_t row = 0; row < count; ++row) values[at + row * lanes] = codes[row];
     for (int64_t row = count; row < max_codes; ++row) values[at + row * lanes] = std::numeric_limits<T>::quiet_NaN();
   });
 }
 
-template <class T>
-std::vector<SortedCodes<T>> sort_codebook(const CodebookView& codebook) {
-  std::vector<SortedCodes<T>> sorted;
-  sorted.reserve(codebook.rows);
-  for (int64_t row = 0; row < codebook.rows; ++row)
-    sorted.emplace_back(static_cast<const T*>(codebook.values) + row * codebook.stride, codebook.num_codes(row));
-  return sorted;
-}
-
-template <class T>
-void build_bounds(Work<T>& work, Workspace& workspace, int64_t lanes, const std::vector<SortedCodes<T>>& sorted) {
-  T* bounds = workspace.array<T>(work.traversal.columns * lanes);
-  for (int64_t position = 0; position < work.traversal.columns * lanes; ++position)
-    bounds[position] = sorted[work.columns.codebook_rows[position]].bound;
-  work.columns.bounds = bounds;
+template <class T, class RangeOf>
+void build_ranges(Work<T>& work, Workspace& workspace, int64_t lanes, RangeOf range_of) {
+  const int64_t size = work.traversal.columns * lanes;
+  T* lows = workspace.array<T>(size);
+  T* highs = workspace.array<T>(size);
+  for (int64_t position = 0; position < size; ++position) {
+    const Range<T> exact = range_of(work.columns.codebook_rows[position]);
+    lows[position] = exact.low;
+    highs[position] = exact.high;
+  }
+  work.columns.lows = lows;
+  work.columns.highs = highs;
 }
 
 template <class T>
@@ -204,8 +269,11 @@ void build_threshold_tables(Work<T>& work, Workspace& workspace, int64_t lanes, 
   work.columns.values = values;
   work.columns.thresholds = thresholds;
   work.columns.indices = indices;
-  const std::vector<SortedCodes<T>> sorted = sort_codebook<T>(work.codebook);
-  build_bounds(work, workspace, lanes, sorted);
+  std::vector<SortedCodes<T>> sorted;
+  sorted.reserve(work.codebook.rows);
+  for (int64_t row = 0; row < work.codebook.rows; ++row)
+    sorted.emplace_back(codes_of<T>(work.codebook, row), work.codebook.num_codes(row));
+  build_ranges(work, workspace, lanes, [&](int64_t codebook_row) { return sorted[codebook_row].exact; });
   for_each_lane(work, lanes, [&](int64_t codebook_row, int64_t at) {
     const SortedCodes<T>& codes = sorted[codebook_row];
     const int64_t count = static_cast<int64_t>(codes.values.size());
@@ -217,92 +285,158 @@ void build_threshold_tables(Work<T>& work, Workspace& workspace, int64_t lanes, 
   });
 }
 
-template <class T>
-void build_cell_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64_t max_codes) {
-  using Index = typename cpu::VectorIndex<T>::type;
-  const int64_t rows = work.codebook.rows;
-  const int64_t cells = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(2 * max_codes)));
-  // The binary search may look this far beyond the last boundary.
-  const int64_t stride = 2 * max_codes;
-  Index* starts = workspace.zeros<Index>(rows * cells);
-  T* values = workspace.zeros<T>(rows * stride);
-  T* thresholds = workspace.zeros<T>(rows * stride);
-  Index* indices = workspace.zeros<Index>(rows * stride);
-  T* origins = workspace.zeros<T>(rows);
-  T* scales = workspace.zeros<T>(rows);
-  const std::vector<SortedCodes<T>> codebook = sort_codebook<T>(work.codebook);
-  build_bounds(work, workspace, lanes, codebook);
-  std::fill(thresholds, thresholds + rows * stride, std::numeric_limits<T>::quiet_NaN());
-  int64_t most_in_one_cell = 0;
-  bool sorted_already = true;
-  for (int64_t row = 0; row < rows; ++row) {
-    const SortedCodes<T>& sorted = codebook[row];
-    const int64_t count = static_cast<int64_t>(sorted.values.size());
-    if (sorted.bound < T(0)) continue;
-    sorted_already = sorted_already && std::is_sorted(sorted.indices.begin(), sorted.indices.end()) &&
-                     sorted.indices.back() == count - 1;
-    std::copy(sorted.values.begin(), sorted.values.end(), values + row * stride);
-    std::copy(sorted.thresholds.begin(), sorted.thresholds.end(), thresholds + row * stride);
-    std::copy(sorted.indices.begin(), sorted.indices.end(), indices + row * stride);
-    const T width = sorted.values.back() - sorted.values.front();
-    origins[row] = sorted.values.front();
-    scales[row] = width > T(0) && std::isfinite(static_cast<T>(cells) / width) ? static_cast<T>(cells) / width : T(0);
-    // The same arithmetic as the kernels': monotone in z, so a boundary in an earlier cell lies below z.
-    int64_t rank = 0;
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      starts[row * cells + cell] = static_cast<Index>(rank);
-      const int64_t before = rank;
-      while (rank + 1 < count) {
-        const T place = (sorted.thresholds[rank + 1] - origins[row]) * scales[row];
-        const T clamped = std::min(place > T(0) ? place : T(0), static_cast<T>(cells - 1));
-        if (static_cast<int64_t>(clamped) != cell) break;
-        ++rank;
-      }
-      most_in_one_cell = std::max(most_in_one_cell, rank - before);
-    }
+// The distinct codes of a row in ascending order, each with its smallest index; a NaN first if one is not finite.
+// Returns how many; `keys` is room for two per code.
+template <class T, class Index>
+int64_t sort_row(const T* codes, int64_t count, CodeKey<T>* keys, T* values, Index* indices) {
+  if (!std::all_of(codes, codes + count, [](T code) { return std::isfinite(code); })) {
+    values[0] = std::numeric_limits<T>::quiet_NaN();
+    return 1;
   }
+  for (int64_t k = 0; k < count; ++k) keys[k] = cpu::key_of(codes[k], k);
+  const CodeKey<T>* sorted = cpu::sort_keys(keys, keys + count, count);
+  int64_t distinct = 0;
+  for (int64_t rank = 0; rank < count; ++rank) {
+    if (rank && sorted[rank].order == sorted[rank - 1].order) continue;
+    indices[distinct] = static_cast<Index>(sorted[rank].index);
+    values[distinct++] = codes[sorted[rank].index];
+  }
+  return distinct;
+}
+
+// Fills the cells of a row with `count` ascending codes; returns the largest number of codes in one cell.
+template <class T, class Index>
+int64_t fill_cells(const T* values, int64_t count, T origin, T scale, int64_t cells, Index* starts) {
+  constexpr int64_t kChunk = 256;
+  const T last_cell = static_cast<T>(cells - 1);
+  std::fill(starts, starts + cells, Index{-1});
+  // The last code of each cell that has one: later codes overwrite earlier ones.
+  for (int64_t begin = 0; begin < count; begin += kChunk) {
+    const int64_t size = std::min(kChunk, count - begin);
+    int32_t cell[kChunk];
+    for (int64_t k = 0; k < size; ++k) {
+      // The same arithmetic as the kernels': monotone in z, so a code in an earlier cell lies below z.
+      const T place = (values[begin + k] - origin) * scale;
+      const T clamped = place > T(0) ? place : T(0);
+      cell[k] = static_cast<int32_t>(clamped < last_cell ? clamped : last_cell);
+    }
+    for (int64_t k = 0; k < size; ++k) starts[cell[k]] = static_cast<Index>(begin + k);
+  }
+  Index before = -1, most = 0;
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    const Index last = std::max(starts[cell], before);
+    most = std::max<Index>(most, last - before);
+    starts[cell] = std::max<Index>(before, 0);
+    before = last;
+  }
+  return most;
+}
+
+template <class T>
+void build_cell_tables(Work<T>& work, Workspace& workspace, int64_t lanes, int64_t cells, bool in_order, int threads) {
+  using Index = typename cpu::VectorIndex<T>::type;
+  const CodebookView& codebook = work.codebook;
+  const int64_t rows = codebook.rows, stride = codebook.stride;
+  Index* starts = workspace.array<Index>(rows * cells);
+  Index* lasts = workspace.array<Index>(rows);
+  T* origins = workspace.array<T>(rows);
+  T* scales = workspace.array<T>(rows);
+  Range<T>* ranges = workspace.array<Range<T>>(rows);
+  int64_t* most_in_one_cell = workspace.array<int64_t>(rows);
+  T* sorted = in_order ? nullptr : workspace.array<T>(rows * stride);
+  Index* indices = in_order ? nullptr : workspace.array<Index>(rows * stride);
+  const int64_t keys_each = in_order ? 0 : 2 * stride;
+  CodeKey<T>* keys = workspace.array<CodeKey<T>>(keys_each * count_pieces(codebook, threads));
+  for_each_row(codebook, threads, [&](int64_t row, int64_t piece) {
+    const T* values = codes_of<T>(codebook, row);
+    int64_t count = codebook.num_codes(row);
+    if (!in_order) {
+      count = sort_row(values, count, keys + piece * keys_each, sorted + row * stride, indices + row * stride);
+      values = sorted + row * stride;
+    }
+    const T width = values[count - 1] - values[0], scale = static_cast<T>(cells) / width;
+    lasts[row] = static_cast<Index>(count - 1);
+    origins[row] = values[0];
+    scales[row] = width > T(0) && std::isfinite(scale) ? scale : T(0);
+    ranges[row] = values[0] == values[0] ? cpu::exact_range(values, count) : Range<T>{};
+    most_in_one_cell[row] = fill_cells(values, count, origins[row], scales[row], cells, starts + row * cells);
+  });
+  build_ranges(work, workspace, lanes, [&](int64_t codebook_row) { return ranges[codebook_row]; });
+  const int64_t most = *std::max_element(most_in_one_cell, most_in_one_cell + rows);
   work.cells = {cells,
                 stride,
-                static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most_in_one_cell))),
+                static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most))),
                 starts,
-                values,
-                thresholds,
-                sorted_already ? nullptr : indices,
+                in_order ? static_cast<const T*>(codebook.values) : sorted,
+                indices,
+                lasts,
                 origins,
                 scales};
 }
 
+// What the codes of a codebook allow.
+struct Survey {
+  bool has_nan;
+  bool in_order;
+};
+
 template <class T>
-Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, const CodebookView& codebook) {
-  const T* codes = static_cast<const T*>(codebook.values);
-  const int64_t count = codebook.rows * codebook.stride;
-  // A NaN code makes every z of its row an exception, and the direct search knows none.
-  bool has_nan = false;
-  for (int64_t code = 0; code < count; ++code) has_nan |= codes[code] != codes[code];
-  const int64_t enough = min_samples_to_sort.load(std::memory_order_relaxed);
+Survey survey_codebook(const CodebookView& codebook, int threads) {
+  std::atomic<bool> has_nan = false, in_order = true;
+  for_each_row(codebook, threads, [&](int64_t row, int64_t) {
+    const T* codes = codes_of<T>(codebook, row);
+    const int64_t count = codebook.num_codes(row);
+    if (cpu::is_ascending(codes, count)) return;
+    in_order = false;
+    int nans = 0;
+    for (int64_t k = 0; k < count; ++k) nans |= codes[k] != codes[k];
+    if (nans) has_nan = true;
+  });
+  return {has_nan, in_order};
+}
+
+// More cells than that pay neither for themselves nor for the search.
+int64_t count_cells(int64_t samples, int64_t max_codes) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::min(samples, 2 * max_codes))));
+}
+
+Search choose_search(int64_t samples, int64_t lanes, int64_t max_codes, int64_t rows, const Survey& survey) {
+  const bool few_codes = max_codes <= kThresholdCodesPerLane * lanes;
+  const int64_t share = few_codes ? 1 : survey.in_order ? kSortedAlready : kManyCodes;
+  const int64_t enough = min_samples_to_sort.load(std::memory_order_relaxed) / share;
   const bool sort = samples >= enough && samples * max_codes >= enough * kMinCodesToSort;
-  if (!sort && !has_nan) return Search::kDirect;
-  // Vector lanes hold 32-bit positions in the cell tables,
-  // and T must hold a cell's number exactly.
-  const bool fits = codebook.rows * 4 * max_codes < std::numeric_limits<int32_t>::max() && max_codes <= 1 << 22;
-  if (!fits) return has_nan ? Search::kThresholds : Search::kDirect;
-  return max_codes <= kThresholdCodesPerLane * lanes ? Search::kThresholds : Search::kCells;
+  // A NaN code makes every z of its row an exception, and the direct search knows none.
+  if (!sort && !survey.has_nan) return Search::kDirect;
+  // Vector lanes hold 32-bit positions in the cell tables, and T must hold a cell's number exactly.
+  const int64_t positions = rows * std::max(count_cells(samples, max_codes), max_codes);
+  const bool fits = positions < std::numeric_limits<int32_t>::max() && max_codes <= 1 << 22;
+  if (!fits) return survey.has_nan ? Search::kThresholds : Search::kDirect;
+  return few_codes ? Search::kThresholds : Search::kCells;
 }
 
-int64_t max_num_codes(const CodebookView& codebook) {
-  if (!codebook.levels) return codebook.stride;
-  return *std::max_element(codebook.levels, codebook.levels + codebook.rows);
+// Bytes of tables that the search of one latent reads.
+template <class T>
+int64_t table_bytes(Search search, int64_t samples, int64_t max_codes, bool in_order) {
+  switch (search) {
+    case Search::kDirect: return max_codes * int64_t{sizeof(T)};
+    case Search::kThresholds: return 3 * max_codes * int64_t{sizeof(T)};
+    case Search::kCells: return (count_cells(samples, max_codes) + (in_order ? 1 : 2) * max_codes) * int64_t{sizeof(T)};
+  }
+  return 0;
 }
 
 template <class T>
-void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const CodebookView& codebook, int64_t lanes) {
+void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const CodebookView& codebook, int64_t lanes,
+             int threads) {
   using Index = typename cpu::VectorIndex<T>::type;
   // A shared codebook makes all elements alike.
   if (codebook.rows == 1) layout = {1, 1, layout.size()};
-  const int64_t max_codes = max_num_codes(codebook);
+  const int64_t max_codes = max_num_codes(codebook), samples = layout.outer * layout.inner;
+  const Survey survey = survey_codebook<T>(codebook, threads);
   work.codebook = codebook;
-  work.traversal = plan_traversal(layout, lanes, max_codes);
-  work.search = choose_search<T>(layout.outer * layout.inner, lanes, max_codes, codebook);
+  work.search = choose_search(samples, lanes, max_codes, codebook.rows, survey);
+  work.traversal = plan_traversal(layout, lanes, work.search, max_codes,
+                                  table_bytes<T>(work.search, samples, max_codes, survey.in_order));
   Index* codebook_rows = workspace.array<Index>(work.traversal.columns * lanes);
   int64_t latent = 0, inner = 0;
   for (int64_t position = 0; position < work.traversal.columns * lanes; ++position) {
@@ -316,36 +450,25 @@ void prepare(Work<T>& work, Workspace& workspace, LatentLayout layout, const Cod
   switch (work.search) {
     case Search::kDirect: return build_direct_tables(work, workspace, lanes, max_codes);
     case Search::kThresholds: return build_threshold_tables(work, workspace, lanes, max_codes);
-    case Search::kCells: return build_cell_tables(work, workspace, lanes, max_codes);
+    case Search::kCells:
+      return build_cell_tables(work, workspace, lanes, count_cells(samples, max_codes), survey.in_order, threads);
   }
 }
 
-int64_t count_parts(const Traversal& traversal, int64_t partial_bytes) {
-  const int64_t by_size = traversal.size / kMinElementsPerPart;
-  const int64_t by_memory = kMaxPartialBytes / std::max<int64_t>(1, partial_bytes);
-  return std::clamp<int64_t>(std::min({by_size, by_memory, traversal.units}), 1, kMaxParts);
+int64_t count_parts(const Traversal& traversal) {
+  return std::clamp<int64_t>(std::min(traversal.size / kMinElementsPerPart, traversal.units), 1, kMaxParts);
 }
 
 int64_t element_bytes(ValueType type) { return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 2; }
 
-// Whole aligned vectors only, and outputs that the cache would not keep.
+// Whole aligned vectors only, in whole cache lines, and outputs that the cache would not keep.
 template <class T>
 bool may_stream(const Work<T>& work, std::initializer_list<const void*> outputs, int64_t bytes, int64_t lanes) {
   const bool aligned = std::all_of(outputs.begin(), outputs.end(),
                                    [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; });
-  return aligned && bytes >= kStreamBytes && work.traversal.segment % lanes == 0;
-}
-
-// Calls body(part) for every part; parts are independent.
-template <class Body>
-void for_each_part(int64_t parts, int threads, Body body) {
-  const int team = static_cast<int>(std::min<int64_t>(parts, std::max(threads, 1)));
-  if (team == 1) {
-    for (int64_t part = 0; part < parts; ++part) body(part);
-    return;
-  }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-  for (int64_t part = 0; part < parts; ++part) body(part);
+  const Traversal& t = work.traversal;
+  const bool whole_lines = !t.periodic || t.groups == 1 || (t.segment % 64 == 0 && t.group_columns * lanes % 64 == 0);
+  return aligned && bytes >= kStreamBytes && t.segment % lanes == 0 && whole_lines;
 }
 
 template <class W>
@@ -362,10 +485,10 @@ void forward(const ForwardArguments& arguments, void (*kernel)(const ForwardWork
     Workspace workspace;
     ForwardWork<T> work{};
     work.arguments = &arguments;
-    prepare<T>(work, workspace, arguments.layout, arguments.codebook, lanes);
+    prepare<T>(work, workspace, arguments.layout, arguments.codebook, lanes, arguments.threads);
     work.stream =
         may_stream(work, {arguments.quantized, arguments.indices}, size * element_bytes(arguments.value_type), lanes);
-    const int64_t parts = count_parts(work.traversal, sizeof(double));
+    const int64_t parts = count_parts(work.traversal);
     double* sums = workspace.zeros<double>(parts);
     for_each_part(parts, arguments.threads, [&](int64_t part) {
       ForwardWork<T> own = work;
@@ -380,46 +503,130 @@ void forward(const ForwardArguments& arguments, void (*kernel)(const ForwardWork
   *static_cast<T*>(arguments.loss) = static_cast<T>(arguments.loss_weight * mean);
 }
 
+// The gradient of the codes [begin, end) from their sums, which may lie in the same place.
+template <class T, class Sum>
+void scale_sums(const Sum* sums, T* gradients, int64_t count, double scale) {
+  for (int64_t code = 0; code < count; ++code)
+    gradients[code] = static_cast<T>(scale * static_cast<double>(sums[code]));
+}
+
+// The codebook's gradient where the work is split by latents: a group at a time, each part with room for one group.
+template <class T>
+void sum_by_groups(const BackwardWork<T>& work, Workspace& workspace, void (*kernel)(const BackwardWork<T>&),
+                   int64_t lanes, T* grad_codebook, double scale, bool is_short, T* scratch) {
+  const Traversal& t = work.traversal;
+  const int64_t stride = work.codebook.stride, group_rows = t.periodic ? t.group_columns * lanes : 1;
+  const int64_t table_size = is_short ? 0 : std::min(group_rows, work.codebook.rows) * stride;
+  const int64_t by_memory = kMaxPartialBytes / std::max<int64_t>(1, table_size * int64_t{sizeof(double)});
+  const int64_t parts = std::min({t.groups, count_parts(t), std::max(kMinPartsWithSums, by_memory)});
+  double* tables = workspace.array<double>(parts * table_size);
+  for_each_part(parts, work.arguments->threads, [&](int64_t part) {
+    const int64_t end_group = t.groups * (part + 1) / parts;
+    for (int64_t group = t.groups * part / parts; group < end_group; ++group) {
+      const int64_t first_row = group * group_rows;
+      const int64_t count = std::min(group_rows, work.codebook.rows - first_row) * stride;
+      T* gradients = grad_codebook + first_row * stride;
+      double* sums = tables + part * table_size;
+      BackwardWork<T> own = work;
+      own.scratch = scratch;
+      own.first_code = first_row * stride;
+      own.residual_sums = is_short ? nullptr : sums;
+      own.short_sums = is_short ? gradients : nullptr;
+      if (is_short) {
+        std::fill(gradients, gradients + count, T(0));
+      } else {
+        std::fill(sums, sums + count, 0.0);
+      }
+      assign_units(own, group, t.groups);
+      kernel(own);
+      if (is_short) {
+        scale_sums(gradients, gradients, count, scale);
+      } else {
+        scale_sums(sums, gradients, count, scale);
+      }
+    }
+  });
+}
+
+// The codebook's gradient where the work is split by samples: each part has sums for all codes.
+template <class T>
+void sum_by_samples(const BackwardWork<T>& work, Workspace& workspace, void (*kernel)(const BackwardWork<T>&),
+                    T* grad_codebook, double scale, int64_t scratch_size) {
+  const int64_t num_codes = work.codebook.rows * work.codebook.stride;
+  const int64_t partial_bytes = num_codes * int64_t{sizeof(double)} + scratch_size * int64_t{sizeof(T)};
+  const int64_t by_codes = std::max(kMinPartsWithSums, work.traversal.size / (2 * (num_codes + scratch_size)));
+  const int64_t by_memory = std::max<int64_t>(1, kMaxPartialBytes / partial_bytes);
+  const int64_t parts = std::min({count_parts(work.traversal), by_codes, by_memory});
+  double* sums = workspace.array<double>(parts * num_codes);
+  T* scratch = scratch_size ? workspace.zeros<T>(parts * scratch_size) : nullptr;
+  for_each_part(parts, work.arguments->threads, [&](int64_t part) {
+    BackwardWork<T> own = work;
+    own.residual_sums = sums + part * num_codes;
+    own.scratch = scratch ? scratch + part * scratch_size : nullptr;
+    std::fill(own.residual_sums, own.residual_sums + num_codes, 0.0);
+    assign_units(own, part, parts);
+    kernel(own);
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t code = 0; code < num_codes; ++code) sums[code] += sums[part * num_codes + code];
+  scale_sums(sums, grad_codebook, num_codes, scale);
+}
+
+// Elements of one latent between two clearings of its scratch sums; each clearing costs as much as its table.
+bool sums_by_row(const Traversal& traversal, Search search, int64_t rows, int64_t lanes) {
+  if (search == Search::kCells || rows > kMaxRowsToSum) return false;
+  return traversal.periodic || traversal.groups > 1 || traversal.segment >= 8 * rows * lanes;
+}
+
 template <class T>
 void backward(const BackwardArguments& arguments, void (*kernel)(const BackwardWork<T>&), int64_t lanes) {
   const int64_t size = arguments.layout.size();
-  const int64_t num_codes = arguments.codebook.rows * arguments.codebook.stride;
+  const CodebookView& codebook = arguments.codebook;
   T* grad_codebook = static_cast<T*>(arguments.grad_codebook);
-  if (grad_codebook) std::fill(grad_codebook, grad_codebook + num_codes, T(0));
-  if (size == 0) return;
-
+  if (size == 0) {
+    if (grad_codebook) std::fill(grad_codebook, grad_codebook + codebook.rows * codebook.stride, T(0));
+    return;
+  }
   Workspace workspace;
   BackwardWork<T> work{};
   const double scale =
       2.0 * static_cast<double>(*static_cast<const T*>(arguments.grad_loss)) / static_cast<double>(size);
   work.arguments = &arguments;
   work.residual_scale = static_cast<T>(scale * arguments.commitment_weight);
-  prepare<T>(work, workspace, arguments.layout, arguments.codebook, lanes);
+  prepare<T>(work, workspace, arguments.layout, codebook, lanes, arguments.threads);
   const int64_t value_bytes = size * element_bytes(arguments.value_type);
   work.stream = may_stream(work, {arguments.grad_z}, value_bytes, lanes);
 
-  const bool by_row = grad_codebook && work.search != Search::kCells && work.columns.rows <= kMaxRowsToSum;
-  const int64_t scratch_size = by_row ? work.traversal.columns * work.columns.rows * lanes : 0;
-  const int64_t partial_bytes = num_codes * int64_t{sizeof(double)} + scratch_size * int64_t{sizeof(T)};
-  const int64_t parts = count_parts(work.traversal, partial_bytes);
-  double* sums = grad_codebook ? workspace.zeros<double>(parts * num_codes) : nullptr;
-  T* scratch = by_row ? workspace.zeros<T>(parts * scratch_size) : nullptr;
-  for_each_part(parts, arguments.threads, [&](int64_t part) {
-    BackwardWork<T> own = work;
-    own.residual_sums = sums ? sums + part * num_codes : nullptr;
-    own.scratch = scratch ? scratch + part * scratch_size : nullptr;
-    assign_units(own, part, parts);
-    kernel(own);
-  });
-  if (!grad_codebook) return;
-  for (int64_t code = 0; code < num_codes; ++code) {
-    double sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += sums[part * num_codes + code];
-    grad_codebook[code] = static_cast<T>(-scale * arguments.quantization_weight * sum);
+  const Traversal& traversal = work.traversal;
+  if (!grad_codebook) {
+    const int64_t parts = count_parts(traversal);
+    for_each_part(parts, arguments.threads, [&](int64_t part) {
+      BackwardWork<T> own = work;
+      assign_units(own, part, parts);
+      kernel(own);
+    });
+    return;
   }
+  const double to_gradient = -scale * arguments.quantization_weight;
+  const bool by_row = sums_by_row(traversal, work.search, work.columns.rows, lanes);
+  const int64_t scratch_size = by_row ? traversal.columns * work.columns.rows * lanes : 0;
+  // Groups that begin and end with a latent share no code.
+  const bool by_groups = traversal.groups >= kMinPartsWithSums && (!traversal.periodic || arguments.layout.inner == 1);
+  if (!by_groups) return sum_by_samples(work, workspace, kernel, grad_codebook, to_gradient, scratch_size);
+  T* scratch = by_row ? workspace.zeros<T>(scratch_size) : nullptr;
+  const bool is_short = size / arguments.layout.num_latents <= cpu::kMaxAccumulations;
+  sum_by_groups(work, workspace, kernel, lanes, grad_codebook, to_gradient, is_short, scratch);
 }
 
 }  // namespace
+
+int64_t cpu::nearest_of_sorted(float z, const float* codes, const int32_t* indices, int64_t count) {
+  return nearest_in_order(z, codes, indices, count);
+}
+
+int64_t cpu::nearest_of_sorted(double z, const double* codes, const int64_t* indices, int64_t count) {
+  return nearest_in_order(z, codes, indices, count);
+}
 
 void latent_quantize_forward(const ForwardArguments& arguments) {
   const Kernels& kernels = *active_kernels().load();

@@ -17,8 +17,6 @@ namespace {
 constexpr int kVectorBytes = QLAE_VECTOR_BYTES;
 // Vectors searched together: each table row is loaded once for all of them.
 constexpr int kUnroll = 4;
-// Values added in one float lane before the sum moves on to double.
-constexpr int64_t kMaxAccumulations = 512;
 
 template <class E, int kBytes>
 struct VectorOf {
@@ -236,10 +234,13 @@ template <class T, class Visit, class Finish>
 inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   const Traversal& t = work.traversal;
+  const int64_t units_per_group = t.units / t.groups;
   if (!t.periodic) {
     const int64_t units_per_run = (t.segment + t.unit_length - 1) / t.unit_length;
     for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
-      const int64_t run = unit / units_per_run;
+      const int64_t place = unit % units_per_group / units_per_run;
+      // A group is one latent, whose runs lie `columns` runs apart.
+      const int64_t run = t.groups == 1 ? place : place * t.columns + unit / units_per_group;
       const int64_t begin = (unit % units_per_run) * t.unit_length;
       const int64_t length = t.segment - begin < t.unit_length ? t.segment - begin : t.unit_length;
       const int64_t column = run % t.columns, offset = run * t.segment + begin;
@@ -252,13 +253,16 @@ inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
   }
   const int64_t segments = t.size / t.segment;
   for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
-    const int64_t first = unit * t.unit_length;
+    const int64_t first_column = unit / units_per_group * t.group_columns;
+    const int64_t group_end = first_column + t.group_columns;
+    const int64_t end_column = group_end < t.columns ? group_end : t.columns;
+    const int64_t first = unit % units_per_group * t.unit_length;
     const int64_t count = segments - first < t.unit_length ? segments - first : t.unit_length;
     // Segments far apart are searched together, so that each of the kUnroll streams runs through memory in order.
     const int64_t together = t.columns == 1 ? count : kUnroll;
     const int64_t apart = t.columns == 1 ? 1 : count / together;
     const auto visit_segments = [&](int64_t segment, int64_t stride, int64_t vectors) {
-      for (int64_t column = 0; column < t.columns; ++column) {
+      for (int64_t column = first_column; column < end_column; ++column) {
         const int64_t begin = column * kLanes;
         const int64_t lanes = t.segment - begin < kLanes ? t.segment - begin : kLanes;
         visit(Span{column, segment * t.segment + begin, stride * t.segment, vectors, lanes});
@@ -266,6 +270,7 @@ inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
     };
     for (int64_t segment = 0; count && segment < apart; ++segment) visit_segments(first + segment, apart, together);
     for (int64_t segment = apart * together; segment < count; ++segment) visit_segments(first + segment, 1, 1);
+    // Several groups have whole segments only.
     if (unit == t.units - 1) {
       const int64_t rest = t.size - segments * t.segment;
       for (int64_t begin = 0; begin < rest; begin += kLanes) {
@@ -273,7 +278,7 @@ inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
         visit(Span{begin / kLanes, segments * t.segment + begin, t.segment, 1, lanes});
       }
     }
-    finish(0, t.columns, count + 1);
+    finish(first_column, end_column, count + 1);
   }
 }
 
@@ -346,6 +351,8 @@ template <class T, int kCount>
   }
 }
 
+// The code below z is found in z's cell, for all vectors at once, so that their loads wait side by side; then z is
+// compared to it and to the next one above as the definition does.
 template <class T, int kCount>
 [[gnu::always_inline]] inline void search_cells(const Work<T>& work, int64_t column, Group<T, kCount>& group) {
   using S = Simd<T>;
@@ -356,19 +363,38 @@ template <class T, int kCount>
   const auto scale = gather<T>(cells.scales, codebook_row);
   const auto first_cell = codebook_row * static_cast<Index>(cells.cells);
   const auto first_code = codebook_row * static_cast<Index>(cells.stride);
-  const auto last = S::splat(static_cast<T>(cells.cells - 1));
+  const auto last_code = first_code + gather<T>(cells.lasts, codebook_row);
+  const auto last_cell = S::splat(static_cast<T>(cells.cells - 1));
+  typename S::I below[kCount];
 #pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
     auto place = (group.z[n] - origin) * scale;
     place = place > typename S::V{} ? place : typename S::V{};
-    place = place < last ? place : last;
-    auto code = first_code + gather<T>(cells.starts, first_cell + __builtin_convertvector(place, typename S::I));
-    for (int64_t step = cells.first_step; step > 0; step >>= 1) {
-      const auto candidate = code + S::splat(static_cast<Index>(step));
-      code = group.z[n] >= gather<T>(cells.thresholds, candidate) ? candidate : code;
+    place = place < last_cell ? place : last_cell;
+    below[n] = first_code + gather<T>(cells.starts, first_cell + __builtin_convertvector(place, typename S::I));
+  }
+  for (int64_t step = cells.first_step; step > 0; step >>= 1) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kCount; ++n) {
+      auto candidate = below[n] + S::splat(static_cast<Index>(step));
+      candidate = candidate < last_code ? candidate : last_code;
+      below[n] = group.z[n] >= gather<T>(cells.values, candidate) ? candidate : below[n];
     }
-    group.quantized[n] = gather<T>(cells.values, code);
-    group.index[n] = cells.indices ? gather<T>(cells.indices, code) : code - first_code;
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < kCount; ++n) {
+    const auto above = below[n] < last_code ? below[n] + S::splat(Index{1}) : last_code;
+    const auto lower = gather<T>(cells.values, below[n]), upper = gather<T>(cells.values, above);
+    const auto to_lower = group.z[n] - lower, to_upper = upper - group.z[n];
+    auto is_upper = to_upper < to_lower;
+    if (cells.indices) {
+      const auto lower_index = gather<T>(cells.indices, below[n]), upper_index = gather<T>(cells.indices, above);
+      is_upper |= (to_upper == to_lower) & (upper_index < lower_index);
+      group.index[n] = is_upper ? upper_index : lower_index;
+    } else {
+      group.index[n] = (is_upper ? above : below[n]) - first_code;
+    }
+    group.quantized[n] = is_upper ? upper : lower;
   }
 }
 
@@ -378,23 +404,38 @@ struct Match {
   typename Simd<T>::I index;
 };
 
-// Lanes beyond the bound, where rounding may tie distant codes, and z that is not finite: the definition itself. Rare,
-// and by value, so that the caller's vectors stay in registers.
-template <class T>
+// One element beyond the range in which the two codes around it suffice. NaN and infinity belong to no code.
+template <class T, Search kSearch>
+inline int64_t nearest_exactly(const Work<T>& work, int64_t codebook_row, T z) {
+  if constexpr (kSearch == Search::kCells) {
+    const CellTables<T>& cells = work.cells;
+    const T* values = cells.values + codebook_row * cells.stride;
+    const auto* indices = cells.indices ? cells.indices + codebook_row * cells.stride : nullptr;
+    const bool ordered = values[0] == values[0];
+    if (ordered && z - z == T(0)) return nearest_of_sorted(z, values, indices, int64_t{cells.lasts[codebook_row]} + 1);
+  }
+  const T* codes = static_cast<const T*>(work.codebook.values) + codebook_row * work.codebook.stride;
+  return nearest_code(z, codes, work.codebook.num_codes(codebook_row));
+}
+
+// Lanes outside the range, where rounding may tie distant codes, and z that is not finite. Rare, and by value, so that
+// the caller's vectors stay in registers.
+template <class T, Search kSearch>
 [[gnu::noinline]] Match<T> search_exactly(const Work<T>& work, int64_t column, int64_t lanes, typename Simd<T>::V z,
                                           Match<T> match) {
   using S = Simd<T>;
   const T* codes = static_cast<const T*>(work.codebook.values);
-  const T* bounds = work.columns.bounds + column * S::kLanes;
+  const T* lows = work.columns.lows + column * S::kLanes;
+  const T* highs = work.columns.highs + column * S::kLanes;
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const T value = z[lane];
-    if (value <= bounds[lane] && -value <= bounds[lane]) continue;
+    if (value >= lows[lane] && value <= highs[lane]) continue;
     const int64_t codebook_row = work.columns.codebook_rows[column * S::kLanes + lane];
-    const T* row = codes + codebook_row * work.codebook.stride;
-    const int64_t nearest = nearest_code(value, row, work.codebook.num_codes(codebook_row));
+    const int64_t nearest = nearest_exactly<T, kSearch>(work, codebook_row, value);
     const bool finite = value - value == T(0);
     match.index[lane] = static_cast<typename S::Index>(nearest);
-    match.quantized[lane] = finite ? row[nearest] : std::numeric_limits<T>::quiet_NaN();
+    match.quantized[lane] =
+        finite ? codes[codebook_row * work.codebook.stride + nearest] : std::numeric_limits<T>::quiet_NaN();
   }
   return match;
 }
@@ -411,17 +452,19 @@ template <class T, Search kSearch, int kCount>
     }
     return false;
   } else {
-    const auto bound = S::load(work.columns.bounds + column * S::kLanes);
+    const auto low = S::load(work.columns.lows + column * S::kLanes);
+    const auto high = S::load(work.columns.highs + column * S::kLanes);
     typename S::I outside = {};
 #pragma GCC unroll 4
-    for (int n = 0; n < kCount; ++n) outside |= ~(S::absolute(group.z[n]) <= bound);
+    for (int n = 0; n < kCount; ++n) outside |= ~((group.z[n] >= low) & (group.z[n] <= high));
     if constexpr (kSearch == Search::kThresholds) search_thresholds<T, kCount>(work.columns, column, group);
     if constexpr (kSearch == Search::kCells) search_cells<T, kCount>(work, column, group);
     if (!any(outside)) [[likely]]
       return false;
 #pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) {
-      const Match<T> match = search_exactly<T>(work, column, lanes, group.z[n], {group.quantized[n], group.index[n]});
+      const Match<T> match =
+          search_exactly<T, kSearch>(work, column, lanes, group.z[n], {group.quantized[n], group.index[n]});
       group.quantized[n] = match.quantized;
       group.index[n] = match.index;
     }
@@ -507,7 +550,15 @@ struct Backward {
   void add_by_index(int64_t column, int64_t lanes, typename S::V residual, typename S::I index) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t codebook_row = work.columns.codebook_rows[column * S::kLanes + lane];
-      work.residual_sums[codebook_row * work.codebook.stride + index[lane]] += residual[lane];
+      add_to_code(codebook_row * work.codebook.stride + index[lane], residual[lane]);
+    }
+  }
+
+  void add_to_code(int64_t code, T sum) {
+    if (work.short_sums) {
+      work.short_sums[code - work.first_code] += sum;
+    } else {
+      work.residual_sums[code - work.first_code] += sum;
     }
   }
 
@@ -547,7 +598,7 @@ struct Backward {
         gradient = load_part(static_cast<const E*>(a.grad_quantized) + offsets[n], lanes) + gradient;
       store_part(static_cast<E*>(a.grad_z) + offsets[n], gradient, lanes, work.stream);
     }
-    if (!work.residual_sums) return;
+    if (!work.residual_sums && !work.short_sums) return;
     if (!work.scratch || exact) {
 #pragma GCC unroll 4
       for (int n = 0; n < kCount; ++n) add_by_index(span.column, lanes, residual[n], group.index[n]);
@@ -559,13 +610,16 @@ struct Backward {
   void flush(int64_t begin, int64_t end) {
     const ColumnTables<T>& tables = work.columns;
     for (int64_t column = begin; column < end; ++column) {
+      // Lanes beyond a period belong to no latent.
+      const int64_t left = work.traversal.periodic ? work.traversal.segment - column * S::kLanes : S::kLanes;
+      const int64_t lanes = left < S::kLanes ? left : S::kLanes;
       for (int64_t row = 0; row < tables.rows; ++row) {
         const int64_t at = (column * tables.rows + row) * S::kLanes;
-        for (int lane = 0; lane < S::kLanes; ++lane) {
+        for (int64_t lane = 0; lane < lanes; ++lane) {
           const int64_t codebook_row = tables.codebook_rows[column * S::kLanes + lane];
           const int64_t index = kSearch == Search::kDirect ? row : tables.indices[at + lane];
           if (index < 0) continue;
-          work.residual_sums[codebook_row * work.codebook.stride + index] += work.scratch[at + lane];
+          add_to_code(codebook_row * work.codebook.stride + index, work.scratch[at + lane]);
           work.scratch[at + lane] = 0;
         }
       }
@@ -574,17 +628,22 @@ struct Backward {
 
   void run() {
     const bool by_row = work.scratch != nullptr;
-    const bool periodic = work.traversal.periodic;
-    int64_t accumulated = 0;
+    int64_t begin = 0, end = 0, accumulated = 0;
+    const auto flush_pending = [&] {
+      flush(begin, end);
+      accumulated = 0;
+    };
     for_each_span<T>(
         work, [&](const Span& span) { groups(*this, span); },
-        [&](int64_t begin, int64_t end, int64_t vectors) {
+        [&](int64_t unit_begin, int64_t unit_end, int64_t vectors) {
+          if (!by_row) return;
+          if (unit_begin != begin) flush_pending();
+          begin = unit_begin;
+          end = unit_end;
           accumulated += vectors;
-          if (!by_row || (periodic && accumulated < kMaxAccumulations)) return;
-          flush(begin, end);
-          accumulated = 0;
+          if (accumulated >= kMaxAccumulations) flush_pending();
         });
-    if (by_row && periodic) flush(0, work.traversal.columns);
+    if (by_row) flush_pending();
     finish_streaming();
   }
 };

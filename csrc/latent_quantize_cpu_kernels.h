@@ -5,6 +5,9 @@
 
 namespace qlae::cpu {
 
+// Values added in one number of T before the sum moves on to double.
+constexpr int64_t kMaxAccumulations = 512;
+
 template <class T>
 struct VectorIndex;
 template <>
@@ -20,7 +23,7 @@ struct VectorIndex<double> {
 enum class Search {
   kDirect,      // compare the distance to every code: nothing to prepare, for small inputs
   kThresholds,  // compare z to the exact boundary of each gap: least work per element, for few codes
-  kCells,       // uniform cells, then a short binary search among boundaries: for many codes
+  kCells,       // uniform cells, then a short binary search among sorted codes: for many codes
 };
 
 // A column is a group of `lanes` neighbouring elements whose latents are the same wherever the column occurs. Row r of
@@ -34,21 +37,23 @@ struct ColumnTables {
   const T* values;             // [columns, rows, lanes]
   const T* thresholds;         // [columns, rows, lanes]
   const Index* indices;        // [columns, rows, lanes]
-  const T* bounds;             // [columns, lanes]; the boundaries decide exactly where |z| <= bound
+  const T* lows;               // [columns, lanes]; the order of the codes decides exactly where low <= z <= high
+  const T* highs;              // [columns, lanes]
   const Index* codebook_rows;  // [columns, lanes]
 };
 
-// Tables of kCells, per codebook row: `cells` cell starts, and `stride` sorted boundaries, codes and indices.
+// Tables of kCells, per codebook row: `cells` cell starts, and `stride` distinct codes in ascending order. A row whose
+// codes have no order (one is not finite) starts with NaN.
 template <class T>
 struct CellTables {
   using Index = typename VectorIndex<T>::type;
   int64_t cells;
   int64_t stride;
-  int64_t first_step;    // largest power of two <= the largest number of boundaries in one cell; 0 if none
-  const Index* starts;   // [codebook rows, cells]
-  const T* values;       // [codebook rows, stride]
-  const T* thresholds;   // [codebook rows, stride], padded with NaN, which no z reaches
-  const Index* indices;  // [codebook rows, stride]
+  int64_t first_step;    // largest power of two <= the largest number of codes in one cell; 0 if none
+  const Index* starts;   // [codebook rows, cells]: the last code in an earlier cell, or 0
+  const T* values;       // [codebook rows, stride]; the codebook itself where it is in order
+  const Index* indices;  // [codebook rows, stride]; null where the codebook is in order
+  const Index* lasts;    // [codebook rows]: the place of the largest code
   const T* origins;      // [codebook rows]
   const T* scales;       // [codebook rows]
 };
@@ -56,6 +61,8 @@ struct CellTables {
 // Periodic: memory is a sequence of segments of `segment` elements, each of `columns` columns; a unit is
 // `unit_length` segments. Runs: memory is a sequence of runs of `segment` elements of one latent, whose column is the
 // latent; a unit is up to `unit_length` elements of one run.
+// Where the tables of all columns would leave the cache, columns are visited in `groups` of `group_columns`, each over
+// all of memory before the next: the units of one group follow one another.
 struct Traversal {
   bool periodic;
   int64_t size;
@@ -63,6 +70,8 @@ struct Traversal {
   int64_t columns;
   int64_t unit_length;
   int64_t units;
+  int64_t groups;
+  int64_t group_columns;
 };
 
 template <class T>
@@ -90,11 +99,18 @@ struct BackwardWork : Work<T> {
   const BackwardArguments* arguments;
   // What multiplies (z - quantized) in grad_z.
   T residual_scale;
-  // Sums of (z - code) per code, [rows, stride]; null when no codebook gradient is wanted.
+  // Sums of (z - code) per code from `first_code` of [rows, stride] on, in float64, or in T where no code can receive
+  // more than kMaxAccumulations values; both null when no codebook gradient is wanted.
+  int64_t first_code;
   double* residual_sums;
+  T* short_sums;
   // Sums per table row and lane, [columns, rows, lanes], zero on entry; null where they would cost more than they save.
   T* scratch;
 };
+
+// See latent_quantize_cpu_codebook.h; compiled once, for every instruction set.
+int64_t nearest_of_sorted(float z, const float* codes, const int32_t* indices, int64_t count);
+int64_t nearest_of_sorted(double z, const double* codes, const int64_t* indices, int64_t count);
 
 struct Kernels {
   const char* name;

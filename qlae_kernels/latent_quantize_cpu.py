@@ -94,7 +94,7 @@ def cached_bytes() -> int:
 
 
 def _pooled_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor with z's shape and strides, its memory from the pool."""
+    """An uninitialised tensor with the shape and strides of z, its memory from the pool."""
     dtype = dtype or z.dtype
     memory = torch.frombuffer(_native.PooledBuffer(z.numel() * dtype.itemsize), dtype=dtype)
     # A tensor of its own, not a view: users may change it in place.
@@ -124,6 +124,8 @@ def prepare(problem: Problem) -> tuple[Forward, Backward]:
     empty_like = torch.empty_like
     value_like = _pooled_like if problem.size * problem.value_dtype.itemsize >= _POOLED_BYTES else empty_like
     index_like = _pooled_like if problem.size * index_dtype.itemsize >= _POOLED_BYTES else empty_like
+    codes_bytes = problem.rows * problem.stride * problem.compute_dtype.itemsize
+    codebook_like = _pooled_like if codes_bytes >= _POOLED_BYTES else empty_like
     get_num_threads = torch.get_num_threads
 
     def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -149,7 +151,7 @@ def prepare(problem: Problem) -> tuple[Forward, Backward]:
         need_grad_codebook: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         grad_z = value_like(z) if need_grad_z else None
-        grad_codebook = empty_like(codebook) if need_grad_codebook else None
+        grad_codebook = codebook_like(codebook) if need_grad_codebook else None
         native_backward(
             codebook.data_ptr(),
             z.data_ptr(),

@@ -320,6 +320,14 @@ void run_type() {
   // Tables that leave the small workspace, so that a read beyond one of them shows.
   for (const Codes codes : {Codes::kUnsorted, Codes::kClustered, Codes::kHostile})
     run_case<E>({{520, 32, 1}, 600, codes, false, codes == Codes::kUnsorted, true, IndexType::kInt16, 0, 1, true});
+  // Latents in groups: of columns, of columns that cut latents, and of runs.
+  for (const Codes codes : {Codes::kUnsorted, Codes::kEven, Codes::kUlps}) {
+    run_case<E>({{100, 160, 1}, 1000, codes, false, codes == Codes::kEven, true, IndexType::kInt16, 0, 2, true});
+    run_case<E>({{40, 70, 3}, 1000, codes, false, false, true, IndexType::kInt32, 0, 1, true});
+    run_case<E>({{2, 60, 67}, 1000, codes, false, false, true, IndexType::kInt64, 1, 2, true});
+  }
+  run_case<E>({{30, 1030, 1}, 16, Codes::kUnsorted, false, true, true, IndexType::kInt16, 0, 2, true});
+  run_case<E>({{600, 1030, 1}, 12, Codes::kUnsorted, false, false, true, IndexType::kInt16, 0, 2, true});
   // Outputs large enough for non-temporal stores, with and without whole vectors.
   const int64_t large = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(E)) + 640;
   run_case<E>({{large / 32, 32, 1}, 3, Codes::kUnsorted, false, false, false, IndexType::kUInt8, 0, 2, true});
@@ -329,6 +337,9 @@ void run_type() {
 // Blocks are writable to the end, come back to the next request of their size, and are freed as they were allocated.
 void run_pool() {
   BufferPool& pool = BufferPool::instance();
+  // The kernels' own tables are kept there too.
+  pool.set_max_idle_bytes(0);
+  pool.set_max_idle_bytes(1 << 30);
   for (const int64_t bytes :
        {int64_t{1}, int64_t{300} << 10, (int64_t{2} << 20) - 1, int64_t{2} << 20, int64_t{3} << 20}) {
     const BufferPool::Block block = pool.acquire(bytes);

@@ -92,6 +92,11 @@ TRAVERSALS = [
     pytest.param((2, 5000, 7), 10, None, id="short runs"),
     pytest.param((12_001, 5), 8, 1, id="shared, few codes"),
     pytest.param((9001, 5), 100, 1, id="shared, many codes"),
+    pytest.param((600, 700), 16, None, id="groups of latents, few codes"),
+    pytest.param((530, 140), 700, None, id="groups of latents, many codes"),
+    pytest.param((300, 200), 700, None, id="groups of latents, short sums"),
+    pytest.param((900, 33, 5), 900, None, id="groups that cut latents"),
+    pytest.param((5, 40, 201), 1000, None, id="runs one latent at a time"),
 ]
 traversals = pytest.mark.parametrize(("shape", "levels", "rows"), TRAVERSALS)
 
