@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from qlae.metrics.fixed_factor import FixedFactorSampler
+from qlae.metrics.mutual_information import standardise
 from qlae.metrics.samples import check_lengths, relabel, sources_of, values_of
 
 # Groups whose latents are held at a time, to bound the memory.
@@ -50,7 +51,7 @@ def factor_vae(
     values, labels = values[:, np.ptp(values, axis=0) > 0], labels[:, sizes > 1]
     if values.shape[1] == 0 or labels.shape[1] == 0:
         return 0.0
-    normalised = values / values.std(axis=0, ddof=1)
+    normalised = standardise(values)
     sampler = FixedFactorSampler(labels, np.random.default_rng(seed))
     classifier = _votes(sampler, normalised, labels.shape[1], train_votes, group_size).argmax(axis=0)
     tested = _votes(sampler, normalised, labels.shape[1], test_votes, group_size)

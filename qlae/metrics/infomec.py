@@ -17,7 +17,7 @@ from qlae.metrics.mutual_information import (
     standardise,
 )
 from qlae.metrics.predictive_information import Features, classification_information, regression_information
-from qlae.metrics.samples import check_lengths, codes_of, relabel, sources_of, values_of
+from qlae.metrics.samples import check_lengths, codes_of, from_least, relabel, sources_of, values_of
 
 Protocol = Literal["standalone", "training", "tripod"]
 Explicitness = Literal["classification", "regression"]
@@ -142,7 +142,7 @@ def infomec(
         )
     nmi = normalised(information, source_labels, source_sizes)
     nmi = np.minimum(nmi, 1.0) if discrete else nmi
-    active = active_latents(latent_array, discrete=discrete, protocol=protocol)
+    active = _active(from_least(latent_array), discrete, protocol)
     scored = nmi[varying][:, active]
     features = _features(latent_array, as_codes=discrete and protocol != "training")
     told, converged = np.zeros(len(varying)), np.ones(len(varying), dtype=bool)
@@ -180,13 +180,15 @@ def active_latents(
     Raises:
         ValueError: for latents that `infomec` would refuse.
     """
-    latents = codes_of(latents) if discrete else values_of(latents)
-    # Integers of any size differ without overflow as floats.
-    values = latents.astype(np.float64)
+    return _active(from_least(codes_of(latents)) if discrete else values_of(latents), discrete, protocol)
+
+
+def _active(values: np.ndarray, discrete: bool, protocol: Protocol) -> np.ndarray:
+    """`active_latents` of values float64 [N, n_z]."""
     ranges = np.ptp(values, axis=0)
     match protocol:
         case "standalone" if discrete:
-            return (latents != latents[0]).any(axis=0)
+            return ranges > 0
         case "standalone":
             return ranges > ranges.max() / 20
         case "training":
@@ -194,7 +196,7 @@ def active_latents(
         case "tripod":
             lower, upper = np.quantile(values, [0.25, 0.75], axis=0)
             middle = upper - lower
-            return middle > (np.ptp(values) / 20 if discrete else middle.max() / 10)
+            return middle > (ranges.max() / 20 if discrete else middle.max() / 10)
 
 
 def concentration(nmi: np.ndarray, *, leave_out_empty: bool = False) -> float:
@@ -231,4 +233,4 @@ def _features(latents: np.ndarray, *, as_codes: bool) -> Features:
     varying = latents[:, (latents != latents[0]).any(axis=0)]
     if as_codes:
         return one_hot(*relabel(varying))
-    return standardise(varying.astype(np.float64)) if varying.size else np.empty((len(latents), 0))
+    return standardise(from_least(varying)) if varying.size else np.empty((len(latents), 0))

@@ -40,6 +40,13 @@ SCORES: dict[str, Score] = {
     "irs": irs,
 }
 
+# Those that ask whether latents are codes, for latents that are not.
+OF_VALUES: dict[str, Score] = {
+    "infoe": lambda latents, sources: infomec(latents, sources, discrete=False).infoe,
+    "mig": partial(mutual_information_gap, discrete=False),
+    "modularity": partial(modularity, discrete=False),
+}
+
 # What a score says of codes that have nothing to do with the sources. Accuracies and areas have a chance of their own.
 CHANCE = {
     "informativeness": np.mean([1 / size for size in SIZES]),
@@ -188,11 +195,37 @@ def test_scores_of_trees_know_the_order_alone() -> None:
 def test_scale_and_place_of_each_latent_do_not_matter(name: str) -> None:
     sources = independent_sources()
     latents = noisy(sources) + np.random.default_rng(0).normal(0, 0.1, sources.shape)
-    score = SCORES[name]
-    if name == "infoe":
-        score = lambda latents, sources: infomec(latents, sources, discrete=False).infoe  # noqa: E731
+    score = OF_VALUES.get(name, SCORES[name])
     moved = latents * [-3.0, 0.01, 200.0] + [1.0, -5.0, 0.0]
     assert score(moved, sources) == pytest.approx(score(latents, sources), abs=0.01)
+
+
+LARGE = {"2**40": 2**40, "1e9": 10**9, "2**53": 2**53, "2**62": 2**62}
+
+
+@pytest.mark.parametrize("offset", LARGE.values(), ids=LARGE)
+def test_codes_of_a_large_offset_score_as_those_from_zero(score: Score, offset: int) -> None:
+    sources = independent_sources()
+    latents = noisy(sources)
+    assert score(latents + offset, sources) == pytest.approx(score(latents, sources), abs=1e-9)
+
+
+@pytest.mark.parametrize("offset", [2.0**40, 1e9, -1e9])
+@pytest.mark.parametrize("name", ["infoe", *(name for name in SCORES if name not in ("infom", "infoc", "infoe"))])
+def test_values_of_a_large_offset_score_as_those_from_zero(name: str, offset: float) -> None:
+    sources = independent_sources()
+    latents = noisy(sources) * 0.25
+    score = OF_VALUES.get(name, SCORES[name])
+    assert score(latents + offset, sources) == pytest.approx(score(latents, sources), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-9, 1e29])
+@pytest.mark.parametrize("name", [name for name in SCORES if name not in ("infom", "infoc", "beta_vae")])
+def test_one_common_scale_does_not_matter(name: str, scale: float) -> None:
+    sources = independent_sources()
+    latents = noisy(sources) * 1.0
+    score = OF_VALUES.get(name, SCORES[name])
+    assert score(latents * scale, sources) == pytest.approx(score(latents, sources), abs=1e-4)
 
 
 def test_irs_knows_one_common_scale() -> None:
@@ -259,3 +292,10 @@ def test_wrong_input_is_named(score: Score, latents: np.ndarray, sources: np.nda
 def test_latents_that_are_not_finite_are_named(name: str) -> None:
     with pytest.raises(ValueError, match="latents must be finite, got NaN or infinity in column 1"):
         SCORES[name](np.array([[0.0, np.nan]] * 6), CODES)
+
+
+@pytest.mark.parametrize("name", ["sap", "factor_vae", "beta_vae", "explicitness", "disentanglement", "irs"])
+@pytest.mark.parametrize("value", [1.1e30, -1e200, 1.7e308])
+def test_latents_too_large_to_compute_with_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=r"latents must lie within 1e\+30 of 0, got .* in column 1: rescale them"):
+        SCORES[name](np.array([[0.0, value]] * 6), CODES)

@@ -397,11 +397,16 @@ def test_continuous_equal_values_are_parted_by_seeded_noise() -> None:
 def test_continuous_scores_do_not_depend_on_scale_or_sign() -> None:
     latents, sources = noisy_values()
     scores = infomec(latents, sources, discrete=False)
-    for factor in (-1.0, 1e200, 1e-200):
+    for factor in (-1.0, 1e28, 1e-200):
         scaled = infomec(latents * factor + factor, sources, discrete=False)
         np.testing.assert_allclose(scaled.nmi, scores.nmi, atol=1e-6)
         assert scaled.active.tolist() == scores.active.tolist()
         assert scaled.infoe == pytest.approx(scores.infoe, abs=1e-4)
+
+
+def test_continuous_latents_may_span_all_that_is_allowed() -> None:
+    sources = grid(3, 4)
+    assert infomec((sources[:, :1] - 1) * 1e30, sources, discrete=False).active.tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -434,6 +439,7 @@ def test_continuous_torch_latents(dtype: torch.dtype) -> None:
     [
         (np.array([[0.0, np.nan]] * 4), {}, "latents must be finite, got NaN or infinity in column 1"),
         (np.array([[np.inf, 0.0]] * 4), {}, "latents must be finite, got NaN or infinity in column 0"),
+        (np.array([[0.0, -1e31]] * 4), {}, r"latents must lie within 1e\+30 of 0, got 1e\+31 in column 1"),
         (np.full((4, 2), 1j), {}, "latents must be real numbers, got complex128"),
         (np.zeros((4, 2)), {"neighbors": 0}, "neighbors must be at least 1, got 0"),
         (np.zeros((3, 2)), {}, "same length, got 3 and 4"),
