@@ -1,6 +1,7 @@
-"""Fitting scikit-learn's models without warnings on the way."""
+"""Fitting scikit-learn's models, with one word about all that did not converge."""
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
@@ -22,3 +23,11 @@ def fit(model: BaseEstimator, features: sparse.csr_array | np.ndarray, labels: n
         if entry not in stopped:
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     return not stopped
+
+
+def warn_unless_converged(score: str, converged: Sequence[bool]) -> None:
+    """Warns with scikit-learn's ConvergenceWarning if some of the models behind `score` did not converge."""
+    stopped = len(converged) - sum(converged)
+    if stopped:
+        text = f"{score}: {stopped} of {len(converged)} models had not converged at their last iteration"
+        warnings.warn(text, ConvergenceWarning, stacklevel=3)
