@@ -133,6 +133,12 @@ class Metrics:
     """Whether InfoE predicts classes or values of the sources."""
     held_out: float = 0.0
     """Share of the samples that InfoE is scored on and not fitted to; 0, as published, scores what was fitted."""
+    neighbors: Annotated[int | None, arg(metavar="K", help_behavior_hint=without("the protocol's: 10, training 3"))] = (
+        None
+    )
+    """Nearest neighbours of InfoMEC's estimator for continuous latents."""
+    iterations: int = 100
+    """Most iterations of each regression of InfoE."""
     seed: int = 0
     """Seed of all draws."""
     output: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint=without("FILE-nmi.png beside FILE"))] = None
@@ -369,6 +375,8 @@ def _metrics(command: Metrics) -> int:
             protocol=command.protocol,
             explicitness=command.explicitness,
             held_out=command.held_out,
+            neighbors=command.neighbors,
+            iterations=command.iterations,
             seed=command.seed,
         )
     except ValueError as error:

@@ -11,6 +11,7 @@ from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
 from qlae.metrics.samples import check_lengths, numbers_of, relabel, sources_of, split
 
 Model = Literal["random_forest", "tripod_forest", "gradient_boosting"]
+DEFAULT_MODEL: Model = "random_forest"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def dci(
     latents: np.ndarray | torch.Tensor,  # [N, n_z]
     sources: np.ndarray | torch.Tensor,  # [N, n_s]
     *,
-    model: Model = "random_forest",
+    model: Model = DEFAULT_MODEL,
     trees: int = 100,
     held_out: float = 0.1,
     seed: int = 0,

@@ -7,6 +7,10 @@ import torch
 LARGEST = 1e30
 
 
+class TooFewSamplesError(ValueError):
+    """The samples allow other scores, but not this one."""
+
+
 def array_of(values: np.ndarray | torch.Tensor, name: str, columns: str) -> np.ndarray:
     """A NumPy array of the values, which may share their memory.
 
@@ -135,7 +139,7 @@ def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, n
     Each class gives floor(held_out * its size) random samples to score, so that none is missing from the fit.
 
     Raises:
-        ValueError: if fewer than two samples are left to score.
+        TooFewSamplesError: if fewer than two samples are left to score.
     """
     if held_out == 0:
         everything = np.arange(len(labels))
@@ -146,7 +150,7 @@ def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, n
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     to_score = rank < np.floor(held_out * counts).repeat(counts)
     if to_score.sum() < 2:
-        raise ValueError(
+        raise TooFewSamplesError(
             f"held_out={held_out:g} of {len(labels)} samples in {len(counts)} classes leaves {to_score.sum()} "
             "to score, at least 2 are needed: give more samples or a larger share"
         )

@@ -271,6 +271,19 @@ def test_names_and_values_of_all_scores() -> None:
     assert all(type(value) is float for value in scores.values())
 
 
+def test_a_score_without_a_value_is_none_and_says_why() -> None:
+    sources = np.arange(30)[:, None]
+    with pytest.warns(UserWarning) as caught:
+        scores = all_scores(sources // 3, sources)
+    none = [name for name, value in scores.items() if value is None]
+    lost = ["dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "factor_vae", "beta_vae"]
+    # With one varying source beta-VAE is 1 without a draw.
+    assert none == [*lost[:-1], "explicitness"]
+    assert scores["infoc"] == scores["irs"] == 1.0
+    reasons = [str(entry.message).split(":")[0] for entry in caught]
+    assert reasons == [f"{name} has no value" for name in ("dci", "sap", "factor_vae", "explicitness")]
+
+
 def test_continuous_latents_of_all_scores() -> None:
     sources = independent_sources()
     latents = sources + np.random.default_rng(0).normal(0, 0.05, sources.shape)

@@ -420,7 +420,8 @@ def test_metrics_takes_its_options(codes: Path, capsys: pytest.CaptureFixture[st
         ({"latents": np.zeros((200, 2))}, [], "codes.npz: latents are float64, not codes: give --continuous"),
         ({"latents": np.full((200, 2), np.nan)}, ["--continuous"], "codes.npz: latents must be finite, got NaN"),
         ({"sources": np.full((200, 2), 0.5)}, [], "codes.npz: sources must be whole numbers"),
-        ({"sources": np.arange(400).reshape(200, 2)}, [], "codes.npz: held_out=0.1 of 200 samples in 200 classes"),
+        ({}, ["--neighbors", "0"], "neighbors must be at least 1, got 0"),
+        ({}, ["--iterations", "0"], "iterations must be at least 1, got 0"),
         ({}, ["--protocol", "paper"], "protocol must be one of standalone, training, tripod, got 'paper'"),
         ({}, ["--held-out", "2"], "held_out must be a share in [0, 1), got 2.0"),
     ],
@@ -436,6 +437,44 @@ def test_metrics_refuses_bad_input_in_one_line(
         np.savez(codes, **(dict(saved) | arrays))
     assert message in refused(capsys, "metrics", "codes.npz", *options)
     assert os.listdir() == ["codes.npz"]
+
+
+def test_metrics_gives_the_other_scores_where_one_has_no_value(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = np.arange(400).reshape(200, 2)
+    np.savez(codes, latents=sources // 40, sources=sources)
+    assert main(["metrics", "codes.npz", "--json"]) == 0
+    captured = capsys.readouterr()
+    scores = json.loads(captured.out)
+    assert scores["infoe"] > 0 and scores["mig"] is not None and captured.err == ""
+    lost = ["dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "factor_vae", "beta_vae"]
+    assert [name for name in scores if scores[name] is None and name != "neighbors"] == [*lost, "explicitness"]
+    reasons = [note.split(": ")[0] for note in scores["notes"]]
+    assert reasons == [f"{name} has no value" for name in ("dci", "sap", "factor_vae", "beta_vae", "explicitness")]
+    assert main(["metrics", "codes.npz"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "sap                       -  accuracy gap between a source's best two latents" in lines
+    assert "sap has no value: held_out=0.333333 of 200 samples in 200 classes leaves 0 to score" in "\n".join(lines)
+
+
+def test_metrics_says_how_its_scores_were_computed(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("discrete", "explicitness", "held_out", "neighbors", "iterations", "seed", "dci_model", "protocol")
+    assert main(["metrics", "codes.npz", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert [scores[name] for name in names] == [True, "classification", 0, None, 100, 0, "random_forest", "standalone"]
+    options = ["--continuous", "--protocol", "training", "--seed", "3", "--held-out", "0.25", "--iterations", "7"]
+    assert main(["metrics", "codes.npz", "--json", *options, "--explicitness", "regression"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert [scores[name] for name in names] == [False, "regression", 0.25, 3, 7, 3, "random_forest", "training"]
+
+
+def test_metrics_takes_neighbors_and_iterations(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--continuous", "--neighbors", "5", "--iterations", "2"]
+    assert main(["metrics", "codes.npz", "--json", *options]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    with np.load(codes) as arrays:
+        expected = infomec(arrays["latents"], arrays["sources"], discrete=False, neighbors=5, iterations=2)
+    assert (scores["nmi"], scores["infoe"]) == (expected.nmi.tolist(), expected.infoe)
+    assert scores["infoe_converged"] is False and scores["neighbors"] == 5
 
 
 def test_metrics_refuses_a_foreign_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
