@@ -62,8 +62,8 @@ class Report:
             "nmi": mec.nmi.tolist(),
             "notes": self.notes,
             "samples": self.samples,
+            "settings": self.settings,
         }
-        rest |= self.settings
         return json.dumps(self.by_name() | rest, indent=2, allow_nan=False)
 
     def table(self) -> str:

@@ -403,7 +403,7 @@ def test_metrics_takes_its_options(codes: Path, capsys: pytest.CaptureFixture[st
     options = ["--continuous", "--protocol", "training", "--explicitness", "regression", "--held-out", "0.3"]
     assert main(["metrics", "codes.npz", "--json", "--output", "new/picture.png", *options]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["protocol"] == "training"
+    assert scores["settings"]["protocol"] == "training"
     assert list(Path("new").iterdir()) == [Path("new/picture.png")]
     with np.load(codes) as arrays:
         latents, sources = arrays["latents"], arrays["sources"]
@@ -447,7 +447,7 @@ def test_metrics_gives_the_other_scores_where_one_has_no_value(codes: Path, caps
     scores = json.loads(captured.out)
     assert scores["infoe"] > 0 and scores["mig"] is not None and captured.err == ""
     lost = ["dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "factor_vae", "beta_vae"]
-    assert [name for name in scores if scores[name] is None and name != "neighbors"] == [*lost, "explicitness"]
+    assert [name for name in scores if scores[name] is None] == [*lost, "explicitness"]
     reasons = [note.split(": ")[0] for note in scores["notes"]]
     assert reasons == [f"{name} has no value" for name in ("dci", "sap", "factor_vae", "beta_vae", "explicitness")]
     assert main(["metrics", "codes.npz"]) == 0
@@ -459,12 +459,21 @@ def test_metrics_gives_the_other_scores_where_one_has_no_value(codes: Path, caps
 def test_metrics_says_how_its_scores_were_computed(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("discrete", "explicitness", "held_out", "neighbors", "iterations", "seed", "dci_model", "protocol")
     assert main(["metrics", "codes.npz", "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert [scores[name] for name in names] == [True, "classification", 0, None, 100, 0, "random_forest", "standalone"]
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert [settings[name] for name in names] == [
+        True,
+        "classification",
+        0,
+        None,
+        100,
+        0,
+        "random_forest",
+        "standalone",
+    ]
     options = ["--continuous", "--protocol", "training", "--seed", "3", "--held-out", "0.25", "--iterations", "7"]
     assert main(["metrics", "codes.npz", "--json", *options, "--explicitness", "regression"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert [scores[name] for name in names] == [False, "regression", 0.25, 3, 7, 3, "random_forest", "training"]
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert [settings[name] for name in names] == [False, "regression", 0.25, 3, 7, 3, "random_forest", "training"]
 
 
 def test_metrics_takes_neighbors_and_iterations(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,7 +483,7 @@ def test_metrics_takes_neighbors_and_iterations(codes: Path, capsys: pytest.Capt
     with np.load(codes) as arrays:
         expected = infomec(arrays["latents"], arrays["sources"], discrete=False, neighbors=5, iterations=2)
     assert (scores["nmi"], scores["infoe"]) == (expected.nmi.tolist(), expected.infoe)
-    assert scores["infoe_converged"] is False and scores["neighbors"] == 5
+    assert scores["infoe_converged"] is False and scores["settings"]["neighbors"] == 5
 
 
 def test_metrics_refuses_a_foreign_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
