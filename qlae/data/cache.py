@@ -110,11 +110,12 @@ class ImageCache:
 
     def _write(self, origin: Origin, blocks: Iterable[np.ndarray]) -> None:
         """Writes all images in one pass; the file appears only when it is whole."""
-        folder = self.path.parent
+        folder, partial = self.path.parent, self.path.with_suffix(".partial")
+        # left by a process that was killed
+        partial.unlink(missing_ok=True)
         wanted, free = prod(self.shape), shutil.disk_usage(folder).free
         if wanted > free:
             raise UserError(f"no room in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-        partial = self.path.with_suffix(".partial")
         try:
             checksum = self._write_blocks(partial, blocks)
             stat = partial.stat()

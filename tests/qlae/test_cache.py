@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +138,17 @@ def test_a_killed_conversion_is_not_taken_for_a_whole_one(cache: ImageCache) -> 
     assert cache.open(ORIGIN) is None
     assert np.array_equal(cache.open_or_write(ORIGIN, blocks), pixels())
     assert not list(cache.path.parent.glob("*.partial"))
+
+
+def test_what_a_killed_conversion_left_takes_no_room(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = cache.path.with_suffix(".partial")
+    partial.parent.mkdir()
+    partial.write_bytes(bytes(400))
+    # a disk of 600 bytes; the images take 480
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: SimpleNamespace(free=600 - (400 if partial.exists() else 0))
+    )
+    assert np.array_equal(cache.open_or_write(ORIGIN, blocks), pixels())
 
 
 def test_too_few_images_are_not_taken_for_all(cache: ImageCache) -> None:
