@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a data set, as its publisher offers it.
+    """One file of a data set, or folder of its files, as its publisher offers it.
 
     Attributes:
         path: where it belongs, relative to the data root.
@@ -47,7 +47,12 @@ def data_root(root: str | Path | None) -> Path:
 
 def missing_files(root: Path, files: Sequence[SourceFile]) -> list[SourceFile]:
     """Those of `files` that are not below `root`."""
-    return [file for file in files if not (root / file.path).is_file()]
+    return [file for file in files if not is_there(root / file.path)]
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file, or a folder with something in it."""
+    return any(path.iterdir()) if path.is_dir() else path.is_file()
 
 
 def require_files(root: Path, files: Sequence[SourceFile]) -> None:

@@ -27,9 +27,11 @@ def prepare(name: str, root: str | Path | None) -> Dataset:
     folder = data_root(root)
     if issubclass(kind, ConvertedDataset) and kind.state(folder) != "converted":
         missing = missing_files(folder, kind.files)
-        by_hand = [file.instruction(folder) for file in missing if file.by_hand]
-        if by_hand:
-            raise UserError(f"{name} cannot be downloaded from here: {'; '.join(by_hand)}; then run this again")
+        for file in missing:
+            if file.by_hand:
+                raise UserError(
+                    f"{name} cannot be downloaded from here: {file.instruction(folder)}; then run this again"
+                )
         for file in missing:
             download(file, folder)
     return kind.load(root=root)
