@@ -122,7 +122,8 @@ class Metrics:
     """Score latents against sources, by InfoMEC and the other scores of the field; a picture shows who tells what."""
 
     file: Annotated[Positional[Path], arg(metavar="FILE")]
-    """An .npz file with arrays `latents` [N, n_z] and `sources` [N, n_s], from any framework."""
+    """An .npz file with arrays `latents` [N, n_z] and `sources` [N, n_s], from any framework; for the protocols
+    training and tripod also `values` [N, n_z], what each code was quantized to."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON instead of a table."""
     continuous: FlagCreatePairsOff[bool] = False
@@ -362,7 +363,7 @@ def _metrics(command: Metrics) -> int:
     from qlae.metrics.codes_file import read_codes
     from qlae.metrics.report import score_codes
 
-    latents, sources = read_codes(command.file)
+    latents, sources, values = read_codes(command.file)
     if latents.dtype.kind == "f" and not command.continuous:
         raise UserError(
             f"{command.file}: latents are {latents.dtype}, not codes: give --continuous, or write integer indices"
@@ -372,6 +373,7 @@ def _metrics(command: Metrics) -> int:
             latents,
             sources,
             not command.continuous,
+            values=None if command.continuous or command.protocol == "standalone" else values,
             protocol=command.protocol,
             explicitness=command.explicitness,
             held_out=command.held_out,

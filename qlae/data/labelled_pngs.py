@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from qlae.data.converted import BLOCK_IMAGES, ConvertedDataset, grid_order, reading, resized
-from qlae.data.files import SourceFile
+from qlae.data.converted import ConvertedDataset, grid_order, reading, resized
+from qlae.data.files import GET_AGAIN, SourceFile
 from qlae.data.image_folder import read_image
 from qlae.errors import UserError
 
 STORED_SIZE = 128
+# decoded at a time; resizing takes up to 420 KB for each
+PICTURES = 512
 
 
 class LabelledPNGs(ConvertedDataset):
@@ -30,20 +32,20 @@ class LabelledPNGs(ConvertedDataset):
         """The labels mapped into memory, float64 [N, n_s]."""
         path = root / cls.files[0].path
         length, _, _, _ = cls.cache(root).shape
-        with reading(path, "a NumPy file", cls.files[0]):
+        with reading(path, "a NumPy file"):
             labels = np.load(path, mmap_mode="r", allow_pickle=False)
         wanted = (length, len(cls.factors))
         if not isinstance(labels, np.ndarray) or (labels.shape, labels.dtype) != (wanted, np.dtype(np.float64)):
             found = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "an archive"
-            raise UserError(f"{path} is not the published file: it is {found}, wanted float64 {wanted}")
+            raise UserError(f"{path} is not the published file: it is {found}, wanted float64 {wanted}; {GET_AGAIN}")
         return labels
 
     @classmethod
     def blocks(cls, root: Path) -> Iterator[np.ndarray]:
         path, folder = (root / file.path for file in cls.files)
         order = grid_order(path, cls.labels(root), cls.factors)
-        for start in range(0, len(order), BLOCK_IMAGES):
-            images = [read_png(folder / f"{number:06}.png") for number in order[start : start + BLOCK_IMAGES]]
+        for start in range(0, len(order), PICTURES):
+            images = [read_png(folder / f"{number:06}.png") for number in order[start : start + PICTURES]]
             yield resized(np.stack(images).transpose(0, 3, 1, 2))
 
 

@@ -49,7 +49,7 @@ class MPI3D(ConvertedDataset):
         path = root / cls.files[0].path
         if cls.first_edition is None or not path.is_file():
             return cls
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             shape, _ = array_layout(path, "images")
         if shape[:1] != (prod(factor.size for factor in cls.first_edition),):
             return cls
@@ -72,13 +72,13 @@ class MPI3D(ConvertedDataset):
     def check(cls, root: Path) -> None:
         path = root / cls.files[0].path
         length = prod(factor.size for factor in cls.factors)
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             check_array(path, "images", (length, SIZE, SIZE, 3), np.uint8)
 
     @classmethod
     def blocks(cls, root: Path) -> Iterator[np.ndarray]:
         path = root / cls.files[0].path
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             for block in array_rows(path, "images", BLOCK_IMAGES):
                 yield block.transpose(0, 3, 1, 2)
 

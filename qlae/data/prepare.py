@@ -40,13 +40,24 @@ def prepare(name: str, root: str | Path | None) -> Dataset:
 def list_datasets(root: str | Path | None) -> str:
     """All sets: number of images, sizes, licence and whether they are there; then what they show and their factors."""
     folder = data_root(root)
-    rows = [row(name, kind, folder) for name, kind in DATASETS.items()]
+    kinds = {name: edition(kind, folder) for name, kind in DATASETS.items()}
+    rows = [row(name, kind, folder) for name, kind in kinds.items()]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
     lines = [aligned(HEADINGS, widths)]
-    for cells, kind in zip(rows, DATASETS.values(), strict=True):
+    for cells, kind in zip(rows, kinds.values(), strict=True):
         lines += [aligned(cells, widths), details(kind)]
     lines += ["FOLDER", f"{INDENT}any folder of images, without known factors"]
     return "\n".join(lines)
+
+
+def edition(kind: type[Dataset], root: Path) -> type[Dataset]:
+    """The class for the files that are there; the set's own where they cannot be read."""
+    if not issubclass(kind, ConvertedDataset):
+        return kind
+    try:
+        return kind.edition(root)
+    except UserError:
+        return kind
 
 
 def row(name: str, kind: type[Dataset], root: Path) -> tuple[str, ...]:

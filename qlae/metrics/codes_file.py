@@ -11,8 +11,8 @@ from qlae.errors import UserError
 _WANTED = "give a file that numpy.savez(FILE, latents=..., sources=...) wrote"
 
 
-def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays `latents` and `sources` of an .npz file; others in it are left alone.
+def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The arrays `latents`, `sources` and, where there is one, `values` of an .npz file; others are left alone.
 
     Raises:
         UserError: if there is no such file, it cannot be read, it is no .npz file or a damaged one, or one of the
@@ -30,7 +30,8 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise UserError(f"{path} holds a single array: {_WANTED}")
     with archive:
-        return _array(archive, "latents", path), _array(archive, "sources", path)
+        values = _array(archive, "values", path) if "values" in archive else None
+        return _array(archive, "latents", path), _array(archive, "sources", path), values
 
 
 def _array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:

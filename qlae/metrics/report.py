@@ -85,6 +85,7 @@ def score_codes(
     sources: np.ndarray,
     discrete: bool,
     *,
+    values: np.ndarray | None = None,
     protocol: Protocol = "standalone",
     neighbors: int | None = None,
     explicitness: Explicitness = "classification",
@@ -101,9 +102,10 @@ def score_codes(
         "iterations": iterations,
         "seed": seed,
     }
-    mec = infomec(latents, sources, discrete, **options)
+    mec = infomec(latents, sources, discrete, values=values, **options)
     with collected(UserWarning) as notes:
         others = other_scores(latents, sources, discrete, seed=seed)
     counted = None if discrete else neighbors or NEIGHBORS[protocol]
     settings = options | {"discrete": discrete, "neighbors": counted, "dci_model": DEFAULT_MODEL}
+    settings["from_values"] = values is not None
     return Report(len(latents), settings, mec, others, notes)

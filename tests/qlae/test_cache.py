@@ -62,21 +62,39 @@ def test_the_file_cannot_be_changed_through_the_map(written: ImageCache) -> None
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda cache: cache.record_path.unlink(), None),
-        (lambda cache: cache.record_path.write_text("{"), None),
+        (lambda cache: cache.record_path.unlink(), "without a record that can be read"),
+        (lambda cache: cache.record_path.write_text("{"), "without a record that can be read"),
         (lambda cache: os.truncate(cache.path, 100), "cut short"),
         (lambda cache: flip_a_bit(cache.path), "damaged"),
         (lambda cache: cache.record_path.write_text(json.dumps({"format": 0})), "of another version or shape"),
     ],
 )
 def test_a_damaged_cache_is_noticed_and_made_again(
-    written: ImageCache, capsys: pytest.CaptureFixture[str], damage: object, fault: str | None
+    written: ImageCache, capsys: pytest.CaptureFixture[str], damage: object, fault: str
 ) -> None:
     damage(written)
     assert written.open(ORIGIN) is None
     assert np.array_equal(written.open_or_write(ORIGIN, blocks), pixels())
-    message = capsys.readouterr().err
-    assert message == "" if fault is None else f"set.npy is {fault} and is made again" in message
+    assert f"set.npy is {fault} and is made again" in capsys.readouterr().err
+
+
+def test_a_lost_record_is_written_anew_where_there_is_no_source(
+    written: ImageCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = json.loads(written.record_path.read_text())
+    written.record_path.write_text("{")
+    assert np.array_equal(written.open(None), pixels())
+    assert "set.json cannot be read and is written anew from set.npy" in capsys.readouterr().err
+    assert json.loads(written.record_path.read_text()) == expected | {"origin": {}}
+    assert np.array_equal(written.open(None), pixels()) and capsys.readouterr().err == ""
+    assert written.fault(ORIGIN) == "made from other files"
+
+
+@pytest.mark.parametrize("length", [0, 100, -1, 700])
+def test_a_lost_record_of_a_file_that_is_not_whole(written: ImageCache, length: int) -> None:
+    written.record_path.unlink()
+    os.truncate(written.path, length if length >= 0 else written.path.stat().st_size - 1)
+    assert written.open(None) is None
 
 
 def flip_a_bit(path: Path) -> None:

@@ -476,6 +476,20 @@ def test_metrics_says_how_its_scores_were_computed(codes: Path, capsys: pytest.C
     assert [settings[name] for name in names] == [False, "regression", 0.25, 3, 7, 3, "random_forest", "training"]
 
 
+def test_metrics_takes_quantized_values_for_the_protocols_that_see_them(
+    codes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(codes) as arrays:
+        latents, sources = arrays["latents"], arrays["sources"]
+    # The third latent's codes lie close together.
+    values = latents * [1.0, 1.0, 0.01]
+    np.savez(codes, latents=latents, sources=sources, values=values)
+    for protocol, active in (("standalone", [True] * 3), ("training", [True, True, False])):
+        assert main(["metrics", "codes.npz", "--json", "--protocol", protocol]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert (scores["active"], scores["settings"]["from_values"]) == (active, protocol == "training")
+
+
 def test_metrics_takes_neighbors_and_iterations(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--continuous", "--neighbors", "5", "--iterations", "2"]
     assert main(["metrics", "codes.npz", "--json", *options]) == 0

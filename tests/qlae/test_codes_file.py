@@ -20,7 +20,8 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_come_back(tmp_path: Path, save: object) -> None:
     save(tmp_path / "codes.npz", latents=LATENTS, sources=SOURCES)
-    latents, sources = read_codes(tmp_path / "codes.npz")
+    latents, sources, values = read_codes(tmp_path / "codes.npz")
+    assert values is None
     np.testing.assert_array_equal(latents, LATENTS)
     np.testing.assert_array_equal(sources, SOURCES)
 

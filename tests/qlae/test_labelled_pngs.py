@@ -72,6 +72,18 @@ def test_labels_decide_the_order(tmp_path: Path, loader: type[LabelledPNGs]) -> 
     assert red.round().long().tolist() == (np.argsort(order) * 20).tolist()
 
 
+def test_few_pictures_are_decoded_at_a_time(tmp_path: Path, loader: type[LabelledPNGs]) -> None:
+    large = type("Large", (loader,), {"factors": (Factor("a", 600),)})
+    path = tmp_path / loader.files[0].path
+    (path.parent / "images").mkdir(parents=True)
+    with path.open("wb") as file:
+        np.save(file, np.arange(600.0)[:, None])
+    Image.fromarray(picture(0)).save(path.parent / "images" / "000000.png")
+    for number in range(1, 600):
+        os.link(path.parent / "images" / "000000.png", path.parent / "images" / f"{number:06}.png")
+    assert [len(block) for block in large.blocks(tmp_path)] == [512, 88]
+
+
 def test_the_published_sets_are_declared() -> None:
     assert [factor.size for factor in Falcor3D.factors] == [5, 6, 6, 6, 6, 6, 6]
     assert Falcor3D.cache(Path()).shape == (233_280, 3, 64, 64)

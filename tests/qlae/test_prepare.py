@@ -70,6 +70,14 @@ def test_a_file_that_a_person_has_to_fetch_is_named(
     assert str(tmp_path / "small.npz") in str(caught.value)
 
 
+def test_a_bad_file_says_how_to_get_a_good_one(small: type[DSprites], tmp_path: Path) -> None:
+    (tmp_path / "small.npz").write_bytes(b"an error page")
+    with pytest.raises(UserError, match=r"small\.npz cannot be read .*: delete it and run `qlae data prepare NAME`"):
+        prepare("small", tmp_path)
+    (tmp_path / "small.npz").unlink()
+    assert len(prepare("small", tmp_path)) == LENGTH
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no data set 'shapes4d'.*shapes3d"):
         prepare("shapes4d", tmp_path)
