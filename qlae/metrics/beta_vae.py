@@ -27,7 +27,7 @@ def beta_vae(
     pairs of the absolute difference of their latents. The regression (scikit-learn's defaults, C = 1) tells the
     source from the point.
 
-    Source: Higgins et al., "beta-VAE" (ICLR 2017, openreview Sy2fzU9gl), appendix A.4; the sizes are those of
+    Source: Higgins et al., "beta-VAE" (ICLR 2017, openreview Sy2fzU9gl); the sizes are those of
     Locatello et al. 2019. The pairs are drawn from the samples given (see `FixedFactorSampler`), for training and
     test alike. Latents enter as numbers and as they are, and the penalty makes their scale matter. Constant sources
     take no part; with one varying source the score is 1, with none, or without a varying latent, 0. A regression that

@@ -26,10 +26,11 @@ def factor_vae(
     name the latent whose variance among them, over its variance among all, is least. Each latent then stands for
     the source that most of its training votes came from.
 
-    Source: Kim and Mnih, "Disentangling by Factorising" (ICML 2018, arXiv 1802.05983), section 4; the sizes are
+    Source: Kim and Mnih, "Disentangling by Factorising" (ICML 2018, arXiv 1802.05983); the sizes are
     those of Locatello et al. 2019. The groups are drawn from the samples given (see `FixedFactorSampler`), for
     training and test alike. Latents enter as numbers. Constant latents and constant sources take no part; without
-    a varying latent or source the score is 0.
+    a varying latent or source the score is 0. disentanglement_lib also leaves out latents whose variance is below
+    0.05 (`prune_dims.threshold`), which depends on their scale; here every latent that varies takes part.
 
     Args:
         latents: real numbers or codes.

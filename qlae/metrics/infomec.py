@@ -1,6 +1,6 @@
 """InfoMEC: modularity, compactness and explicitness of a latent code, measured against known sources.
 
-The definitions follow Hsu et al., "Disentanglement via Latent Quantization" (arXiv 2305.18378), section 4.
+The definitions follow Hsu et al., "Disentanglement via Latent Quantization" (arXiv 2305.18378).
 """
 
 from dataclasses import dataclass

@@ -108,8 +108,8 @@ def test_traverse_prints_the_path_of_its_picture(run: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == "elsewhere/picture.png\n"
     with Image.open("elsewhere/picture.png") as picture:
         assert picture.width > 100
-    assert "held-out images 0 to 5" in refused(capsys, "traverse", "run", "--image", "6")
-    assert "held-out images 0 to 5" in refused(capsys, "traverse", "run", "--image", "-1")
+    assert "evaluation images 0 to 5" in refused(capsys, "traverse", "run", "--image", "6")
+    assert "evaluation images 0 to 5" in refused(capsys, "traverse", "run", "--image", "-1")
 
 
 def test_a_folder_of_pictures(images: Path, capsys: pytest.CaptureFixture[str]) -> None:

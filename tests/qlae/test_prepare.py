@@ -1,5 +1,6 @@
 """`prepare` and the list of sets, with a small set served from 127.0.0.1."""
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -108,6 +109,22 @@ def test_the_commands(
     assert main(["data", "show", "small", "--root", "root"]) == 0
     assert capsys.readouterr().out == "small-factors.png\n"
     assert Path("small-factors.png").is_file()
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_older_one(
+    small: type[DSprites], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(dataset: object, path: Path, *, image: int | None) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    prepare("small", tmp_path)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"older")
+    monkeypatch.setattr("qlae.figures.plot_factors", full)
+    assert main(["data", "show", "small", "--root", str(tmp_path), "--output", str(picture)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert picture.read_bytes() == b"older" and not list(tmp_path.glob("*.new"))
 
 
 @pytest.mark.parametrize(
