@@ -1,8 +1,9 @@
 """MPI3D: a robot arm holds an object; simple renderings, realistic ones, and photographs (Gondal et al. 2019).
 
-The sets have no labels: an image's factors follow from its position. Two editions of the first three are about under
-the same file names. The first one, of the NeurIPS 2019 challenge, has 4 colours and 4 shapes (460,800 images), the
-final one 6 and 6 (1,036,800). The number of images tells them apart, and each is read as what it is.
+The sets have no labels: an image's factors follow from its position. Two editions are about under the same file names
+(of the photographs a first one is not confirmed). The first one, of the NeurIPS 2019 challenge, has 4 colours and 4
+shapes (460,800 images), the final one 6 and 6 (1,036,800). The number of images tells them apart, and each is read as
+what it is.
 """
 
 from collections.abc import Iterator
