@@ -4,7 +4,7 @@ Commands import what they need when they run, so that `--help` need not wait for
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from qlae.data import Dataset
     from qlae.evaluation import Evaluation
     from qlae.methods import Method
-    from qlae.metrics import InfoMEC
     from qlae.training import Outcome
 
 DESCRIPTION = "Quantized-latent autoencoders: train them, score them, look at them."
@@ -53,7 +52,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a trained run on the held-out images."""
+    """Score a trained run on its evaluation images."""
 
     run: RunArgument
     """Folder that `qlae train` wrote."""
@@ -65,12 +64,12 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Traverse:
-    """Draw one held-out image with each latent in turn set to each of its codes, or moved through its range."""
+    """Draw one evaluation image with each latent in turn set to each of its codes, or moved through its range."""
 
     run: RunArgument
     """Folder that `qlae train` wrote."""
     image: int = 0
-    """Which of the held-out images, from 0."""
+    """Which of the evaluation images, from 0."""
     output: Annotated[
         Path | None,
         arg(metavar="FILE", help_behavior_hint=without("traversal-image-N.png among the run's figures")),
@@ -122,7 +121,8 @@ class Metrics:
     """Score latents against sources, by InfoMEC and the other scores of the field; a picture shows who tells what."""
 
     file: Annotated[Positional[Path], arg(metavar="FILE")]
-    """An .npz file with arrays `latents` [N, n_z] and `sources` [N, n_s], from any framework."""
+    """An .npz file with arrays `latents` [N, n_z] and `sources` [N, n_s], from any framework; for the protocols
+    training and tripod also `values` [N, n_z], what each code was quantized to."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON instead of a table."""
     continuous: FlagCreatePairsOff[bool] = False
@@ -133,6 +133,12 @@ class Metrics:
     """Whether InfoE predicts classes or values of the sources."""
     held_out: float = 0.0
     """Share of the samples that InfoE is scored on and not fitted to; 0, as published, scores what was fitted."""
+    neighbors: Annotated[int | None, arg(metavar="K", help_behavior_hint=without("the protocol's: 10, training 3"))] = (
+        None
+    )
+    """Nearest neighbours of InfoMEC's estimator for continuous latents."""
+    iterations: int = 100
+    """Most iterations of each regression of InfoE."""
     seed: int = 0
     """Seed of all draws."""
     output: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint=without("FILE-nmi.png beside FILE"))] = None
@@ -285,7 +291,7 @@ def _evaluate(command: Evaluate) -> int:
     import json
 
     _, _, evaluation = _evaluated(command.run, command.device)
-    print(json.dumps(evaluation.summary(), indent=2) if command.json else score_table(evaluation))
+    print(json.dumps(evaluation.summary(), indent=2, allow_nan=False) if command.json else score_table(evaluation))
     return 0
 
 
@@ -297,7 +303,7 @@ def _traverse(command: Traverse) -> int:
     dataset, method, evaluation = _evaluated(command.run, command.device)
     _, index = held_out_split(len(dataset))
     if not 0 <= command.image < len(index):
-        raise UserError(f"--image {command.image}: the run has held-out images 0 to {len(index) - 1}")
+        raise UserError(f"--image {command.image}: the run has evaluation images 0 to {len(index) - 1}")
     image = dataset.images(index[command.image : command.image + 1])
     strips = traverse(method, method.encode(image)[0], evaluation.positions)
     path = command.output or RunFolder(command.run).figures / f"traversal-image-{command.image}.png"
@@ -312,7 +318,7 @@ def _traverse(command: Traverse) -> int:
 
 
 def _evaluated(path: Path, device: str) -> "tuple[Dataset, Method, Evaluation]":
-    """A run's data set, its trained method, and its scores on the held-out images."""
+    """A run's data set, its trained method, and its scores on the evaluation images."""
     from qlae.data import held_out_split
     from qlae.evaluation import evaluate
     from qlae.loading import choose_device, load_model
@@ -359,10 +365,11 @@ def _compare(command: Compare) -> int:
 
 
 def _metrics(command: Metrics) -> int:
+    from qlae.figures import plot_nmi
     from qlae.metrics.codes_file import read_codes
     from qlae.metrics.report import score_codes
 
-    latents, sources = read_codes(command.file)
+    latents, sources, values = read_codes(command.file)
     if latents.dtype.kind == "f" and not command.continuous:
         raise UserError(
             f"{command.file}: latents are {latents.dtype}, not codes: give --continuous, or write integer indices"
@@ -372,9 +379,12 @@ def _metrics(command: Metrics) -> int:
             latents,
             sources,
             not command.continuous,
+            values=None if command.continuous or command.protocol == "standalone" else values,
             protocol=command.protocol,
             explicitness=command.explicitness,
             held_out=command.held_out,
+            neighbors=command.neighbors,
+            iterations=command.iterations,
             seed=command.seed,
         )
     except ValueError as error:
@@ -382,20 +392,19 @@ def _metrics(command: Metrics) -> int:
     # Before the picture, so that a full disk costs no score.
     print(report.json() if command.json else report.table(), flush=True)
     path = command.output or command.file.with_name(f"{command.file.stem}-nmi.png")
-    _write_nmi(report.infomec, path)
+    names = [f"source {number}" for number in range(len(report.infomec.nmi))]
+    _write_picture(path, lambda file: plot_nmi(report.infomec, names, file))
     if not command.json:
         print(f"figure  {path}")
     return 0
 
 
-def _write_nmi(scores: "InfoMEC", path: Path) -> None:
-    """Writes the whole picture or nothing."""
-    from qlae.figures import plot_nmi
-
+def _write_picture(path: Path, draw: Callable[[Path], None]) -> None:
+    """Has `draw` write the whole picture to `path`, or nothing."""
     temporary = path.with_name(f"{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot_nmi(scores, [f"source {number}" for number in range(len(scores.nmi))], temporary)
+        draw(temporary)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -429,11 +438,7 @@ def _show(command: Data) -> int:
     if command.image is not None and not 0 <= command.image < len(dataset):
         raise UserError(f"--image {command.image}: {dataset.name} has images 0 to {len(dataset) - 1}")
     path = command.output or Path(f"{dataset.name}-factors.png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plot_factors(dataset, path, image=command.image)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): give another --output") from error
+    _write_picture(path, lambda file: plot_factors(dataset, file, image=command.image))
     print(path)
     return 0
 

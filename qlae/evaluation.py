@@ -1,4 +1,4 @@
-"""Scores of a trained model on images that it was not trained on, and what its figures show."""
+"""Scores of a trained model on the images kept for evaluation, and what its figures show."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

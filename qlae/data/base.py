@@ -51,7 +51,10 @@ class Dataset(ABC):
 
     @classmethod
     def state(cls, root: Path) -> str:
-        """Whether the set can be loaded from the data root: built in, converted, downloaded, damaged or missing."""
+        """Whether the set can be loaded from the data root: built in, converted, downloaded, damaged or missing.
+
+        `downloaded`: the files are there, and are verified and converted at the next use as far as they have to be.
+        """
         return "built in"
 
     def fingerprint(self) -> str:

@@ -73,9 +73,11 @@ class ImageCache:
 
     def fault(self, origin: Origin | None) -> str | None:
         """Why the file cannot be used, None if it can."""
-        record = read_note(self.record_path)
-        if record is None or not self.path.is_file():
+        if not self.path.is_file():
             return "not there"
+        record = read_note(self.record_path)
+        if record is None:
+            return self._fault_without_record(origin)
         if (record.get("format"), record.get("shape")) != (FORMAT, list(self.shape)):
             return "of another version or shape"
         if origin is not None and record.get("origin") != origin:
@@ -89,6 +91,26 @@ class ImageCache:
             return "damaged"
         self._write_record(record | {"modified_ns": stat.st_mtime_ns})
         return None
+
+    def _fault_without_record(self, origin: Origin | None) -> str | None:
+        """None if there is nothing else to take the images from: then a record is written for a file that is whole.
+
+        The new record knows no origin, so that the images are made again when their source is there.
+        """
+        if origin is not None or not self._is_whole():
+            return "without a record that can be read"
+        print(f"{self.record_path} cannot be read and is written anew from {self.path.name}", file=sys.stderr)
+        self._write_record(self._record({}, file_crc32(self.path)))
+        return None
+
+    def _is_whole(self) -> bool:
+        """Whether the file is a NumPy file of this shape and no shorter or longer."""
+        try:
+            pixels = np.lib.format.open_memmap(self.path, mode="r")
+        except (OSError, ValueError):
+            return False
+        found = pixels.shape, pixels.dtype, pixels.offset + pixels.nbytes
+        return found == (self.shape, np.uint8, self.path.stat().st_size)
 
     def _tell(self, fault: str) -> None:
         if fault != "not there":
@@ -110,29 +132,31 @@ class ImageCache:
 
     def _write(self, origin: Origin, blocks: Iterable[np.ndarray]) -> None:
         """Writes all images in one pass; the file appears only when it is whole."""
-        folder = self.path.parent
+        folder, partial = self.path.parent, self.path.with_suffix(".partial")
+        # left by a process that was killed
+        partial.unlink(missing_ok=True)
         wanted, free = prod(self.shape), shutil.disk_usage(folder).free
         if wanted > free:
             raise UserError(f"no room in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-        partial = self.path.with_suffix(".partial")
         try:
             checksum = self._write_blocks(partial, blocks)
-            stat = partial.stat()
             os.replace(partial, self.path)
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}): make room in {folder}") from error
         finally:
             partial.unlink(missing_ok=True)
-        self._write_record(
-            {
-                "format": FORMAT,
-                "shape": list(self.shape),
-                "origin": dict(origin),
-                "size": stat.st_size,
-                "modified_ns": stat.st_mtime_ns,
-                "crc32": checksum,
-            }
-        )
+        self._write_record(self._record(origin, checksum))
+
+    def _record(self, origin: Origin, checksum: int) -> dict[str, object]:
+        stat = self.path.stat()
+        return {
+            "format": FORMAT,
+            "shape": list(self.shape),
+            "origin": dict(origin),
+            "size": stat.st_size,
+            "modified_ns": stat.st_mtime_ns,
+            "crc32": checksum,
+        }
 
     def _write_blocks(self, partial: Path, blocks: Iterable[np.ndarray]) -> int:
         """Writes a .npy file and returns its CRC-32.

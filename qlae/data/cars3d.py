@@ -3,17 +3,17 @@
 import io
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from scipy.io import loadmat
 
 from qlae.data.base import Factor
 from qlae.data.converted import BLOCK_IMAGES, SIZE, ConvertedDataset, reading, resized
-from qlae.data.files import SourceFile
+from qlae.data.files import GET_AGAIN, SourceFile
 from qlae.errors import UserError
 
-PREFIX, SUFFIX = "data/cars/", "_mesh.mat"
+FOLDER, SUFFIX = ("data", "cars"), "_mesh.mat"
 STORED_SIZE = 128
 
 
@@ -40,7 +40,7 @@ class Cars3D(ConvertedDataset):
     @classmethod
     def check(cls, root: Path) -> None:
         path = root / cls.files[0].path
-        with reading(path, "a .tar.gz archive", cls.files[0]):
+        with reading(path, "a .tar.gz archive"):
             if not tarfile.is_tarfile(path):
                 raise OSError("not an archive")
 
@@ -49,10 +49,10 @@ class Cars3D(ConvertedDataset):
         path = root / cls.files[0].path
         elevations, azimuths, objects = (factor.size for factor in cls.factors)
         views = (elevations, azimuths)
-        with reading(path, "a .tar.gz archive", cls.files[0]):
+        with reading(path, "a .tar.gz archive"):
             cars = {name: car_images(path, name, file, views) for name, file in car_files(path)}
         if len(cars) != objects:
-            raise UserError(f"{path} is not Cars3D: it has {len(cars)} cars, wanted {objects}; get it again")
+            raise UserError(f"{path} is not Cars3D: it has {len(cars)} cars, wanted {objects}; {GET_AGAIN}")
         # [views, cars, ...]: the object varies fastest
         images = np.stack([cars[name] for name in sorted(cars)], axis=1)
         images = images.reshape(-1, 3, SIZE, SIZE)
@@ -64,8 +64,13 @@ def car_files(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
     """Name and content of each car's file, in the order of the archive, which is read once from front to end."""
     with tarfile.open(path, "r|gz") as archive:
         for member in archive:
-            if member.isfile() and member.name.startswith(PREFIX) and member.name.endswith(SUFFIX):
+            if member.isfile() and is_car(PurePosixPath(member.name)):
                 yield member.name, io.BytesIO(archive.extractfile(member).read())
+
+
+def is_car(path: PurePosixPath) -> bool:
+    """Whether a member is a car's file, and not what macOS puts beside it (`._NAME`)."""
+    return path.parts[-3:-1] == FOLDER and path.name.endswith(SUFFIX) and not path.name.startswith(".")
 
 
 def car_images(path: Path, name: str, file: io.BytesIO, views: tuple[int, int]) -> np.ndarray:
@@ -78,7 +83,7 @@ def car_images(path: Path, name: str, file: io.BytesIO, views: tuple[int, int]) 
     # on damaged input it raises almost anything
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: {name} cannot be read as a MATLAB file ({reason}); get it again") from error
+        raise UserError(f"{path}: {name} cannot be read as a MATLAB file ({reason}); {GET_AGAIN}") from error
     elevations, azimuths = views
     wanted = (STORED_SIZE, STORED_SIZE, 3, azimuths, elevations)
     if image is None or (image.shape, image.dtype) != (wanted, np.dtype(np.uint8)):

@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from qlae.data.base import Dataset, Factor, factors_of_index, index_of_factors
 from qlae.data.cache import ImageCache, Origin
-from qlae.data.files import SourceFile, check_digest, data_root, missing_files, require_files
+from qlae.data.files import GET_AGAIN, SourceFile, check_digest, data_root, is_checked, missing_files, require_files
 from qlae.errors import UserError
 
 SIZE = 64
@@ -118,9 +118,11 @@ class ConvertedDataset(Dataset):
         except UserError:
             # a list of all sets is not the place for what loading this one says
             return "damaged"
-        if chosen.cache(root).fault(origin=None) is None:
-            return "converted"
         missing = len(missing_files(root, cls.files))
+        if chosen.cache(root).fault(None if missing else chosen.origin(root)) is None:
+            digests = {} if missing else {root / file.path: file.digest for file in chosen.files if file.digest}
+            # a file that has changed since it was verified is verified again before the conversion is trusted
+            return "converted" if all(is_checked(*each) for each in digests.items()) else "downloaded"
         if missing == 0:
             return "downloaded"
         return "missing" if missing == len(cls.files) else f"{missing} of {len(cls.files)} files missing"
@@ -185,25 +187,25 @@ def grid_order(path: Path, labels: np.ndarray, factors: tuple[Factor, ...]) -> n
             once.
     """
     if not np.isfinite(labels).all():
-        raise UserError(f"{path} is not the published file: it has labels that are not numbers; get it again")
+        raise UserError(f"{path} is not the published file: it has labels that are not numbers; {GET_AGAIN}")
     columns = []
     for column, factor in zip(labels.T, factors, strict=True):
         values, positions = np.unique(column, return_inverse=True)
         if len(values) != factor.size:
             raise UserError(
                 f"{path} is not the published file: '{factor.name}' has {len(values)} values, wanted {factor.size}; "
-                "get it again"
+                f"{GET_AGAIN}"
             )
         columns.append(positions)
     index = index_of_factors(torch.from_numpy(np.stack(columns, axis=1)), factors).numpy()
     order = np.argsort(index, kind="stable")
     if not np.array_equal(index[order], np.arange(len(order))):
-        raise UserError(f"{path} is not the published file: its labels do not name every image once; get it again")
+        raise UserError(f"{path} is not the published file: its labels do not name every image once; {GET_AGAIN}")
     return order
 
 
 @contextmanager
-def reading(path: Path, kind: str, file: SourceFile) -> Iterator[None]:
+def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns what readers raise on a damaged or foreign file into a UserError that names it."""
     try:
         yield
@@ -212,4 +214,4 @@ def reading(path: Path, kind: str, file: SourceFile) -> Iterator[None]:
     # on damaged input decoders raise almost anything: KeyError, RuntimeError, TokenError, struct.error, ...
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as {kind} ({reason}): get {file.address} again") from error
+        raise UserError(f"{path} cannot be read as {kind} ({reason}): {GET_AGAIN}") from error

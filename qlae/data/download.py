@@ -16,6 +16,7 @@ from qlae.errors import UserError
 
 # seconds without a byte after which a connection counts as broken
 TIMEOUT = 60.0
+PARTIAL_CONTENT = 206
 RANGE_NOT_SATISFIABLE = 416
 
 
@@ -77,7 +78,10 @@ def transfer(address: str, partial: Path) -> None:
         response = connect(address, start)
     except HTTPError as error:
         if error.code == RANGE_NOT_SATISFIABLE and start > 0:
-            # the part is as long as the file, or longer: only a new download can tell
+            if error.headers.get("Content-Range") == f"bytes */{start}":
+                # all of it has arrived before
+                return
+            # the part is longer than the file, or the server does not say: only a new download can tell
             partial.unlink()
             response = connect_or_break(address)
         else:
@@ -85,11 +89,13 @@ def transfer(address: str, partial: Path) -> None:
     except (OSError, HTTPException) as error:
         raise ConnectionBrokenError(str(error)) from error
     with response:
-        append = response.status == 206
+        append = response.status == PARTIAL_CONTENT
+        if append:
+            require_start(response, start)
         start = start if append else 0
         missing = response.headers.get("Content-Length")
         total = None if missing is None else start + int(missing)
-        require_room(partial, total, start)
+        require_room(partial, total)
         with partial.open("ab" if append else "wb") as output:
             copy(response, output, start, total)
     if total is not None and size_of(partial) < total:
@@ -127,12 +133,18 @@ def read(response: HTTPResponse) -> bytes:
         raise ConnectionBrokenError(str(error)) from error
 
 
-def require_room(partial: Path, total: int | None, start: int) -> None:
-    free = shutil.disk_usage(partial.parent).free
-    if total is not None and total - start > free:
-        raise UserError(
-            f"no room in {partial.parent}: {(total - start) / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        )
+def require_start(response: HTTPResponse, start: int) -> None:
+    """Raises ConnectionBrokenError unless the part that a server sends begins at byte `start`."""
+    content_range = response.headers.get("Content-Range", "nothing")
+    if not content_range.startswith(f"bytes {start}-"):
+        raise ConnectionBrokenError(f"asked for the bytes from {start:,} on, the server sends {content_range}")
+
+
+def require_room(partial: Path, total: int | None) -> None:
+    """Raises UserError unless the file fits; what `partial` takes is either kept or written over."""
+    free, missing = shutil.disk_usage(partial.parent).free, (total or 0) - size_of(partial)
+    if missing > free:
+        raise UserError(f"no room in {partial.parent}: {missing / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
 def verify(partial: Path, file: SourceFile) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from qlae.data.base import Factor
 from qlae.data.converted import BLOCK_IMAGES, SIZE, ConvertedDataset, grid_order, reading
-from qlae.data.files import SourceFile
+from qlae.data.files import GET_AGAIN, SourceFile
 from qlae.data.npz import array_rows, check_array
 from qlae.errors import UserError
 
@@ -39,18 +39,18 @@ class DSprites(ConvertedDataset):
     def check(cls, root: Path) -> None:
         path = root / cls.files[0].path
         length = prod(factor.size for factor in cls.factors)
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             check_array(path, "imgs", (length, SIZE, SIZE), np.uint8)
             check_array(path, "latents_classes", (length, 1 + len(cls.factors)), np.int64)
 
     @classmethod
     def blocks(cls, root: Path) -> Iterator[np.ndarray]:
         path = root / cls.files[0].path
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             labels = np.concatenate(list(array_rows(path, "latents_classes", BLOCK_IMAGES)))
             order = grid_order(path, labels, (Factor("color", 1), *cls.factors))
             if not np.array_equal(order, np.arange(len(order))):
-                raise UserError(f"{path} is not dSprites: its images are not in the published order; get it again")
+                raise UserError(f"{path} is not dSprites: its images are not in the published order; {GET_AGAIN}")
             for block in array_rows(path, "imgs", BLOCK_IMAGES):
                 if block.max() > 1:
                     raise UserError(f"{path} is not dSprites: it has a pixel of {block.max()}, wanted 0 and 1")

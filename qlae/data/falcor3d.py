@@ -1,8 +1,7 @@
 """Falcor3D: a rendered living room under changing light, seen from changing places (Nie et al. 2020)."""
 
 from qlae.data.base import Factor
-from qlae.data.files import SourceFile
-from qlae.data.labelled_pngs import LabelledPNGs
+from qlae.data.labelled_pngs import LabelledPNGs, unpacked
 
 
 class Falcor3D(LabelledPNGs):
@@ -21,10 +20,6 @@ class Falcor3D(LabelledPNGs):
         Factor("camera_y", 6),
         Factor("camera_z", 6),
     )
-    files = (
-        SourceFile(
-            "Falcor3D_down128/train-rec.labels",
-            "https://drive.google.com/uc?id=1XAQfFK1x6cpN1eiovbP0hVfLTm5SsSoJ",
-            by_hand="download the archive and unpack it",
-        ),
+    files = unpacked(
+        "Falcor3D_down128", "train-rec.labels", "https://drive.google.com/uc?id=1XAQfFK1x6cpN1eiovbP0hVfLTm5SsSoJ"
     )

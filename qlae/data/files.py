@@ -14,11 +14,13 @@ from qlae.errors import UserError
 ROOT_VARIABLE = "QLAE_DATA"
 DEFAULT_ROOT = "data"
 BLOCK_BYTES = 1 << 22
+# what to do about a file that is not the published one
+GET_AGAIN = "delete it and run `qlae data prepare NAME` with the set's name"
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a data set, as its publisher offers it.
+    """One file of a data set, or folder of its files, as its publisher offers it.
 
     Attributes:
         path: where it belongs, relative to the data root.
@@ -47,7 +49,12 @@ def data_root(root: str | Path | None) -> Path:
 
 def missing_files(root: Path, files: Sequence[SourceFile]) -> list[SourceFile]:
     """Those of `files` that are not below `root`."""
-    return [file for file in files if not (root / file.path).is_file()]
+    return [file for file in files if not is_there(root / file.path)]
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file, or a folder with something in it."""
+    return any(path.iterdir()) if path.is_dir() else path.is_file()
 
 
 def require_files(root: Path, files: Sequence[SourceFile]) -> None:
@@ -71,20 +78,26 @@ def check_digest(path: Path, digest: str) -> None:
     Raises:
         UserError: the digest differs.
     """
-    algorithm, _, expected = digest.partition(":")
-    stat = path.stat()
-    note = {"size": stat.st_size, "modified_ns": stat.st_mtime_ns, algorithm: expected}
-    note_path = note_of(path)
-    if read_note(note_path) == note:
+    if is_checked(path, digest):
         return
+    algorithm, _, expected = digest.partition(":")
+    note = note_about(path, algorithm, expected)
     found = file_digest(path, algorithm)
     if found != expected:
-        raise UserError(
-            f"{path} is not the published file: its {algorithm} is {found}, wanted {expected}; "
-            "delete it and download it again"
-        )
+        raise UserError(f"{path} is not the published file: its {algorithm} is {found}, wanted {expected}; {GET_AGAIN}")
     if os.access(path.parent, os.W_OK):
-        note_path.write_text(json.dumps(note))
+        note_of(path).write_text(json.dumps(note))
+
+
+def is_checked(path: Path, digest: str) -> bool:
+    """Whether `check_digest` has found the file as it is to have this digest."""
+    algorithm, _, expected = digest.partition(":")
+    return read_note(note_of(path)) == note_about(path, algorithm, expected)
+
+
+def note_about(path: Path, algorithm: str, digest: str) -> dict[str, object]:
+    stat = path.stat()
+    return {"size": stat.st_size, "modified_ns": stat.st_mtime_ns, algorithm: digest}
 
 
 def note_of(path: Path) -> Path:

@@ -4,8 +4,7 @@ The strides in the set's README don't match its sizes; this is the order that it
 """
 
 from qlae.data.base import Factor
-from qlae.data.files import SourceFile
-from qlae.data.labelled_pngs import LabelledPNGs
+from qlae.data.labelled_pngs import LabelledPNGs, unpacked
 
 
 class Isaac3D(LabelledPNGs):
@@ -26,10 +25,6 @@ class Isaac3D(LabelledPNGs):
         Factor("object_color", 4),
         Factor("wall_color", 4),
     )
-    files = (
-        SourceFile(
-            "Isaac3D_down128/labels.npy",
-            "https://drive.google.com/uc?id=1OmQ1G2wnm6eTsSFGTKFZZAh5D3nQTW1B",
-            by_hand="download the archive and unpack it",
-        ),
+    files = unpacked(
+        "Isaac3D_down128", "labels.npy", "https://drive.google.com/uc?id=1OmQ1G2wnm6eTsSFGTKFZZAh5D3nQTW1B"
     )

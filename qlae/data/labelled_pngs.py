@@ -5,16 +5,20 @@ from pathlib import Path
 
 import numpy as np
 
-from qlae.data.cache import Origin
-from qlae.data.converted import BLOCK_IMAGES, ConvertedDataset, grid_order, identity, reading, resized
+from qlae.data.converted import ConvertedDataset, grid_order, reading, resized
+from qlae.data.files import GET_AGAIN, SourceFile
 from qlae.data.image_folder import read_image
 from qlae.errors import UserError
 
 STORED_SIZE = 128
+# decoded at a time; as float32, to be resized, each takes 197 KB
+PICTURES = 512
 
 
 class LabelledPNGs(ConvertedDataset):
-    """Images `images/000000.png` and on beside the first of `files`, which is the labels, float64 [N, n_s].
+    """Two `files`: the labels, float64 [N, n_s], and a folder of images `000000.png` and on.
+
+    The folder's time tells that files came or went, not that one was overwritten.
 
     The images are put in the order of the factors by their labels, whatever their numbers are.
     """
@@ -24,32 +28,31 @@ class LabelledPNGs(ConvertedDataset):
         cls.labels(root)
 
     @classmethod
-    def origin(cls, root: Path) -> Origin:
-        """Also the folder of images, whose time tells that files came or went, not that one was overwritten."""
-        folder = (root / cls.files[0].path).parent / "images"
-        return {**super().origin(root), "images": identity(folder) if folder.is_dir() else None}
-
-    @classmethod
     def labels(cls, root: Path) -> np.ndarray:
         """The labels mapped into memory, float64 [N, n_s]."""
         path = root / cls.files[0].path
         length, _, _, _ = cls.cache(root).shape
-        with reading(path, "a NumPy file", cls.files[0]):
+        with reading(path, "a NumPy file"):
             labels = np.load(path, mmap_mode="r", allow_pickle=False)
         wanted = (length, len(cls.factors))
         if not isinstance(labels, np.ndarray) or (labels.shape, labels.dtype) != (wanted, np.dtype(np.float64)):
             found = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "an archive"
-            raise UserError(f"{path} is not the published file: it is {found}, wanted float64 {wanted}")
+            raise UserError(f"{path} is not the published file: it is {found}, wanted float64 {wanted}; {GET_AGAIN}")
         return labels
 
     @classmethod
     def blocks(cls, root: Path) -> Iterator[np.ndarray]:
-        path = root / cls.files[0].path
-        folder = path.parent / "images"
+        path, folder = (root / file.path for file in cls.files)
         order = grid_order(path, cls.labels(root), cls.factors)
-        for start in range(0, len(order), BLOCK_IMAGES):
-            images = [read_png(folder / f"{number:06}.png") for number in order[start : start + BLOCK_IMAGES]]
+        for start in range(0, len(order), PICTURES):
+            images = [read_png(folder / f"{number:06}.png") for number in order[start : start + PICTURES]]
             yield resized(np.stack(images).transpose(0, 3, 1, 2))
+
+
+def unpacked(folder: str, labels: str, address: str) -> tuple[SourceFile, SourceFile]:
+    """The two files of an archive that a person fetches: its labels and its folder of images."""
+    by_hand = "download the archive and unpack it"
+    return tuple(SourceFile(f"{folder}/{name}", address, by_hand=by_hand) for name in (labels, "images"))
 
 
 def read_png(path: Path) -> np.ndarray:

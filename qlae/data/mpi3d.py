@@ -1,8 +1,9 @@
 """MPI3D: a robot arm holds an object; simple renderings, realistic ones, and photographs (Gondal et al. 2019).
 
-The sets have no labels: an image's factors follow from its position. Two editions of the first three are about under
-the same file names. The first one, of the NeurIPS 2019 challenge, has 4 colours and 4 shapes (460,800 images), the
-final one 6 and 6 (1,036,800). The number of images tells them apart, and each is read as what it is.
+The sets have no labels: an image's factors follow from its position. Two editions are about under the same file names
+(of the photographs a first one is not confirmed). The first one, of the NeurIPS 2019 challenge, has 4 colours and 4
+shapes (460,800 images), the final one 6 and 6 (1,036,800). The number of images tells them apart, and each is read as
+what it is.
 """
 
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class MPI3D(ConvertedDataset):
         path = root / cls.files[0].path
         if cls.first_edition is None or not path.is_file():
             return cls
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             shape, _ = array_layout(path, "images")
         if shape[:1] != (prod(factor.size for factor in cls.first_edition),):
             return cls
@@ -72,13 +73,13 @@ class MPI3D(ConvertedDataset):
     def check(cls, root: Path) -> None:
         path = root / cls.files[0].path
         length = prod(factor.size for factor in cls.factors)
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             check_array(path, "images", (length, SIZE, SIZE, 3), np.uint8)
 
     @classmethod
     def blocks(cls, root: Path) -> Iterator[np.ndarray]:
         path = root / cls.files[0].path
-        with reading(path, "an .npz file", cls.files[0]):
+        with reading(path, "an .npz file"):
             for block in array_rows(path, "images", BLOCK_IMAGES):
                 yield block.transpose(0, 3, 1, 2)
 

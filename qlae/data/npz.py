@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from qlae.data.files import GET_AGAIN
 from qlae.errors import UserError
 
 
@@ -17,7 +18,7 @@ def check_array(path: Path, name: str, shape: tuple[int, ...], dtype: np.typing.
     if (found_shape, found_dtype) != (shape, np.dtype(dtype)):
         raise UserError(
             f"{path} is not the published file: '{name}' is {found_dtype} {found_shape}, "
-            f"wanted {np.dtype(dtype)} {shape}"
+            f"wanted {np.dtype(dtype)} {shape}; {GET_AGAIN}"
         )
 
 
@@ -54,7 +55,7 @@ def member(path: Path, archive: zipfile.ZipFile, name: str) -> BinaryIO:
     try:
         return archive.open(f"{name}.npy")
     except KeyError as error:
-        raise UserError(f"{path} is not the published file: it has no array '{name}'") from error
+        raise UserError(f"{path} is not the published file: it has no array '{name}'; {GET_AGAIN}") from error
 
 
 def read_header(path: Path, name: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
@@ -65,5 +66,7 @@ def read_header(path: Path, name: str, file: BinaryIO) -> tuple[tuple[int, ...],
         raise ValueError(f"'{name}' has version {version} of the .npy format, 1.0 and 2.0 are known")
     shape, fortran_order, dtype = reader(file)
     if fortran_order:
-        raise UserError(f"{path} is not the published file: '{name}' is stored column by column, wanted row by row")
+        raise UserError(
+            f"{path} is not the published file: '{name}' is stored column by column, wanted row by row; {GET_AGAIN}"
+        )
     return shape, dtype

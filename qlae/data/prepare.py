@@ -27,9 +27,11 @@ def prepare(name: str, root: str | Path | None) -> Dataset:
     folder = data_root(root)
     if issubclass(kind, ConvertedDataset) and kind.state(folder) != "converted":
         missing = missing_files(folder, kind.files)
-        by_hand = [file.instruction(folder) for file in missing if file.by_hand]
-        if by_hand:
-            raise UserError(f"{name} cannot be downloaded from here: {'; '.join(by_hand)}; then run this again")
+        for file in missing:
+            if file.by_hand:
+                raise UserError(
+                    f"{name} cannot be downloaded from here: {file.instruction(folder)}; then run this again"
+                )
         for file in missing:
             download(file, folder)
     return kind.load(root=root)
@@ -38,13 +40,24 @@ def prepare(name: str, root: str | Path | None) -> Dataset:
 def list_datasets(root: str | Path | None) -> str:
     """All sets: number of images, sizes, licence and whether they are there; then what they show and their factors."""
     folder = data_root(root)
-    rows = [row(name, kind, folder) for name, kind in DATASETS.items()]
+    kinds = {name: edition(kind, folder) for name, kind in DATASETS.items()}
+    rows = [row(name, kind, folder) for name, kind in kinds.items()]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
     lines = [aligned(HEADINGS, widths)]
-    for cells, kind in zip(rows, DATASETS.values(), strict=True):
+    for cells, kind in zip(rows, kinds.values(), strict=True):
         lines += [aligned(cells, widths), details(kind)]
     lines += ["FOLDER", f"{INDENT}any folder of images, without known factors"]
     return "\n".join(lines)
+
+
+def edition(kind: type[Dataset], root: Path) -> type[Dataset]:
+    """The class for the files that are there; the set's own where they cannot be read."""
+    if not issubclass(kind, ConvertedDataset):
+        return kind
+    try:
+        return kind.edition(root)
+    except UserError:
+        return kind
 
 
 def row(name: str, kind: type[Dataset], root: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlae.data.base import Factor
 from qlae.data.converted import BLOCK_IMAGES, SIZE, ConvertedDataset, grid_order, reading
-from qlae.data.files import SourceFile
+from qlae.data.files import GET_AGAIN, SourceFile
 from qlae.errors import UserError
 
 
@@ -43,17 +43,17 @@ class Shapes3D(ConvertedDataset):
     def check(cls, root: Path) -> None:
         path = root / cls.files[0].path
         length = prod(factor.size for factor in cls.factors)
-        with reading(path, "HDF5", cls.files[0]), h5py.File(path, "r") as file:
+        with reading(path, "HDF5"), h5py.File(path, "r") as file:
             check_array(path, file, "images", (length, SIZE, SIZE, 3), np.dtype(np.uint8))
             check_array(path, file, "labels", (length, len(cls.factors)), np.dtype(np.float64))
 
     @classmethod
     def blocks(cls, root: Path) -> Iterator[np.ndarray]:
         path = root / cls.files[0].path
-        with reading(path, "HDF5", cls.files[0]), h5py.File(path, "r") as file:
+        with reading(path, "HDF5"), h5py.File(path, "r") as file:
             order = grid_order(path, file["labels"][:], cls.factors)
             if not np.array_equal(order, np.arange(len(order))):
-                raise UserError(f"{path} is not Shapes3D: its images are not in the published order; get it again")
+                raise UserError(f"{path} is not Shapes3D: its images are not in the published order; {GET_AGAIN}")
             images = file["images"]
             chunk = images.chunks[0] if images.chunks else 1
             step = chunk * max(1, BLOCK_IMAGES // chunk)
@@ -65,8 +65,8 @@ def check_array(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], 
     """Raises UserError unless the file has a data set of that name, shape and dtype."""
     found = file.get(name)
     if not isinstance(found, h5py.Dataset):
-        raise UserError(f"{path} has no array '{name}': it is not Shapes3D; get it again")
+        raise UserError(f"{path} has no array '{name}': it is not Shapes3D; {GET_AGAIN}")
     if (found.shape, found.dtype) != (shape, dtype):
         raise UserError(
-            f"{path} is not Shapes3D: '{name}' is {found.dtype} {found.shape}, wanted {dtype} {shape}; get it again"
+            f"{path} is not Shapes3D: '{name}' is {found.dtype} {found.shape}, wanted {dtype} {shape}; {GET_AGAIN}"
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from qlae.data.base import Factor
 from qlae.data.converted import BLOCK_IMAGES, ConvertedDataset, grid_order, reading, resized
-from qlae.data.files import SourceFile
+from qlae.data.files import GET_AGAIN, SourceFile
 from qlae.errors import UserError
 
 FOLDER = "smallnorb"
@@ -71,11 +71,12 @@ class SmallNORB(ConvertedDataset):
         )
         for file, (shape, dtype) in zip(cls.files, layouts * 2, strict=True):
             path = root / file.path
-            with reading(path, "a gzipped binary matrix", file), gzip.open(path) as matrix:
+            with reading(path, "a gzipped binary matrix"), gzip.open(path) as matrix:
                 found = read_header(matrix)
             if found != (shape, dtype):
                 raise UserError(
-                    f"{path} is not the published file: it is {found[1]} {found[0]}, wanted {dtype} {shape}"
+                    f"{path} is not the published file: it is {found[1]} {found[0]}, wanted {dtype} {shape}; "
+                    f"{GET_AGAIN}"
                 )
 
     @classmethod
@@ -93,7 +94,7 @@ class SmallNORB(ConvertedDataset):
 def first_camera(root: Path, file: SourceFile) -> Iterator[np.ndarray]:
     """The first camera's images, uint8 [n, 1, 96, 96] a block."""
     path = root / file.path
-    with reading(path, "a gzipped binary matrix", file), gzip.open(path) as matrix:
+    with reading(path, "a gzipped binary matrix"), gzip.open(path) as matrix:
         (length, *row), dtype = read_header(matrix)
         for start in range(0, length, BLOCK_IMAGES):
             yield read_rows(matrix, min(BLOCK_IMAGES, length - start), row, dtype)[:, :1]
@@ -102,7 +103,7 @@ def first_camera(root: Path, file: SourceFile) -> Iterator[np.ndarray]:
 
 def whole_matrix(root: Path, file: SourceFile) -> np.ndarray:
     path = root / file.path
-    with reading(path, "a gzipped binary matrix", file), gzip.open(path) as matrix:
+    with reading(path, "a gzipped binary matrix"), gzip.open(path) as matrix:
         (length, *row), dtype = read_header(matrix)
         rows = read_rows(matrix, length, row, dtype)
         require_end(matrix)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from qlae.metrics.fitting import fit
+from qlae.metrics.fitting import fit, warn_unless_converged
 from qlae.metrics.fixed_factor import FixedFactorSampler
 from qlae.metrics.samples import check_lengths, relabel, sources_of, values_of
 
@@ -27,10 +27,11 @@ def beta_vae(
     pairs of the absolute difference of their latents. The regression (scikit-learn's defaults, C = 1) tells the
     source from the point.
 
-    Source: Higgins et al., "beta-VAE" (ICLR 2017, openreview Sy2fzU9gl), appendix A.4; the sizes are those of
+    Source: Higgins et al., "beta-VAE" (ICLR 2017, openreview Sy2fzU9gl); the sizes are those of
     Locatello et al. 2019. The pairs are drawn from the samples given (see `FixedFactorSampler`), for training and
     test alike. Latents enter as numbers and as they are, and the penalty makes their scale matter. Constant sources
-    take no part; with one varying source the score is 1, with none, or without a varying latent, 0.
+    take no part; with one varying source the score is 1, with none, or without a varying latent, 0. A regression that
+    does not converge is reported by scikit-learn's ConvergenceWarning.
 
     Args:
         latents: real numbers or codes.
@@ -41,7 +42,8 @@ def beta_vae(
         seed: of the draws.
 
     Raises:
-        ValueError: as `infomec`; for sizes below 1; if all samples differ in a source.
+        ValueError: as `infomec`; for sizes below 1, or so few points that all are of one source; if all samples differ
+            in a source.
     """
     if pairs < 1 or train_points < 1 or test_points < 1:
         raise ValueError(f"pairs and points must be at least 1, got {pairs}, {train_points}, {test_points}")
@@ -54,7 +56,10 @@ def beta_vae(
         return 1.0
     sampler = FixedFactorSampler(labels, np.random.default_rng(seed))
     regression = LogisticRegression()
-    fit(regression, *_points(sampler, values, labels.shape[1], train_points, pairs))
+    points, shared = _points(sampler, values, labels.shape[1], train_points, pairs)
+    if len(np.unique(shared)) < 2:
+        raise ValueError(f"beta_vae: train_points={train_points} drew points of one source only: give more")
+    warn_unless_converged("beta_vae", [fit(regression, points, shared)])
     return float(regression.score(*_points(sampler, values, labels.shape[1], test_points, pairs)))
 
 

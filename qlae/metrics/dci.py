@@ -8,9 +8,10 @@ import torch
 from scipy.stats import entropy
 from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
 
-from qlae.metrics.samples import check_lengths, relabel, sources_of, split, values_of
+from qlae.metrics.samples import check_lengths, numbers_of, relabel, sources_of, split
 
 Model = Literal["random_forest", "tripod_forest", "gradient_boosting"]
+DEFAULT_MODEL: Model = "random_forest"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def dci(
     latents: np.ndarray | torch.Tensor,  # [N, n_z]
     sources: np.ndarray | torch.Tensor,  # [N, n_s]
     *,
-    model: Model = "random_forest",
+    model: Model = DEFAULT_MODEL,
     trees: int = 100,
     held_out: float = 0.1,
     seed: int = 0,
@@ -54,7 +55,8 @@ def dci(
     - `gradient_boosting`, that of Locatello et al. 2019 (disentanglement_lib): scikit-learn's defaults, 100 trees
       for each class; six to seven times slower than `random_forest` with 15 classes.
 
-    Trees take codes as numbers; monotone maps of a latent do not matter. Constant sources count nowhere. With one
+    Trees see the ranks of a latent's distinct values among all samples: scikit-learn's compare float32, in which codes
+    of a large offset are equal. So monotone maps of a latent do not matter. Constant sources count nowhere. With one
     varying source, or one latent, disentanglement, or completeness, is 1 where anything matters. Where no latent
     matters for any source both are 0; without a varying source all three are.
 
@@ -75,16 +77,17 @@ def dci(
         raise ValueError(f"trees must be at least 1, got {trees}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be a share in (0, 1), got {held_out}")
-    values, (labels, sizes) = values_of(latents), relabel(sources_of(sources))
-    check_lengths(values, labels, score="dci")
+    numbers, (labels, sizes) = numbers_of(latents), relabel(sources_of(sources))
+    check_lengths(numbers, labels, score="dci")
+    ranks, _ = relabel(numbers)
     varying = sizes > 1
-    importance = np.zeros((len(sizes), values.shape[1]))
+    importance = np.zeros((len(sizes), ranks.shape[1]))
     accuracies = []
     for source in np.flatnonzero(varying):
         fitted, scored = split(labels[:, source], held_out, seed)
-        predictor = _model(model, trees, seed).fit(values[fitted], labels[fitted, source])
+        predictor = _model(model, trees, seed).fit(ranks[fitted], labels[fitted, source])
         importance[source] = np.abs(predictor.feature_importances_)
-        accuracies.append(predictor.score(values[scored], labels[scored, source]))
+        accuracies.append(predictor.score(ranks[scored], labels[scored, source]))
     parts = importance[varying]
     return DCI(
         disentanglement=_concentration(parts.T),

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from qlae.metrics.fixed_factor import FixedFactorSampler
+from qlae.metrics.mutual_information import standardise
 from qlae.metrics.samples import check_lengths, relabel, sources_of, values_of
 
 # Groups whose latents are held at a time, to bound the memory.
@@ -25,10 +26,11 @@ def factor_vae(
     name the latent whose variance among them, over its variance among all, is least. Each latent then stands for
     the source that most of its training votes came from.
 
-    Source: Kim and Mnih, "Disentangling by Factorising" (ICML 2018, arXiv 1802.05983), section 4; the sizes are
+    Source: Kim and Mnih, "Disentangling by Factorising" (ICML 2018, arXiv 1802.05983); the sizes are
     those of Locatello et al. 2019. The groups are drawn from the samples given (see `FixedFactorSampler`), for
     training and test alike. Latents enter as numbers. Constant latents and constant sources take no part; without
-    a varying latent or source the score is 0.
+    a varying latent or source the score is 0. disentanglement_lib also leaves out latents whose variance is below
+    0.05 (`prune_dims.threshold`), which depends on their scale; here every latent that varies takes part.
 
     Args:
         latents: real numbers or codes.
@@ -50,7 +52,7 @@ def factor_vae(
     values, labels = values[:, np.ptp(values, axis=0) > 0], labels[:, sizes > 1]
     if values.shape[1] == 0 or labels.shape[1] == 0:
         return 0.0
-    normalised = values / values.std(axis=0, ddof=1)
+    normalised = standardise(values)
     sampler = FixedFactorSampler(labels, np.random.default_rng(seed))
     classifier = _votes(sampler, normalised, labels.shape[1], train_votes, group_size).argmax(axis=0)
     tested = _votes(sampler, normalised, labels.shape[1], test_votes, group_size)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from qlae.metrics.samples import TooFewSamplesError
+
 
 class FixedFactorSampler:
     """Draws samples that agree in one source and are random in the others.
@@ -15,7 +17,7 @@ class FixedFactorSampler:
         """Prepares the groups of source labels int64 [N, n_s], numbered from 0.
 
         Raises:
-            ValueError: if all samples differ in one of the sources.
+            TooFewSamplesError: if all samples differ in one of the sources.
         """
         self._generator = generator
         self._orders = [np.argsort(column, kind="stable") for column in labels.T]
@@ -26,7 +28,7 @@ class FixedFactorSampler:
         ]
         for source, shared in enumerate(self._shared):
             if len(shared) == 0:
-                raise ValueError(f"no two samples share a value of varying source {source}: give more samples")
+                raise TooFewSamplesError(f"no two samples share a value of varying source {source}: give more samples")
 
     def sources(self, count: int) -> np.ndarray:
         """Random sources, int64 [count]."""

@@ -1,6 +1,6 @@
 """InfoMEC: modularity, compactness and explicitness of a latent code, measured against known sources.
 
-The definitions follow Hsu et al., "Disentanglement via Latent Quantization" (arXiv 2305.18378), section 4.
+The definitions follow Hsu et al., "Disentanglement via Latent Quantization" (arXiv 2305.18378).
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from qlae.metrics.mutual_information import (
     continuous_information,
@@ -16,14 +17,16 @@ from qlae.metrics.mutual_information import (
     one_hot,
     standardise,
 )
-from qlae.metrics.predictive_information import Features, classification_information, regression_information
-from qlae.metrics.samples import check_lengths, codes_of, relabel, sources_of, values_of
+from qlae.metrics.predictive_information import classification_information, regression_information
+from qlae.metrics.samples import array_of, check_lengths, codes_of, from_least, relabel, sources_of, values_of
 
 Protocol = Literal["standalone", "training", "tripod"]
 Explicitness = Literal["classification", "regression"]
 
 # k of the nearest-neighbour estimator, by protocol; 3 is scikit-learn's default.
 NEIGHBORS: dict[Protocol, int] = {"standalone": 10, "training": 3, "tripod": 10}
+# Interquartile range that tripod asks of quantized values, which lie in [-1, 1] there.
+TRIPOD_RANGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def infomec(
     sources: np.ndarray | torch.Tensor,  # [N, n_s]
     discrete: bool = True,
     *,
+    values: np.ndarray | torch.Tensor | None = None,  # [N, n_z]
     protocol: Protocol = "standalone",
     neighbors: int | None = None,
     explicitness: Explicitness = "classification",
@@ -88,12 +92,18 @@ def infomec(
       the largest. k = 10. InfoE from one-hot codes, or from standardised values if continuous.
     - `training`, of what the reference's training scripts log (mutual_information.py and explicitness.py there).
       Active: range more than 1/8 of the largest, codes taken as numbers. k = 3. An active latent that informs
-      about no source is left out of InfoM. InfoE from standardised values, discrete or not: the quantized values
-      there; here the codes stand for them, which is the same as long as a codebook's values are evenly spaced.
+      about no source is left out of InfoM. InfoE from standardised values, discrete or not. Its InfoM divides by
+      the number of all sources, and a constant one makes InfoC NaN and InfoE fail: here constant sources are left out.
     - `tripod`, of the follow-up (Hsu et al. 2024; tripod, disentangle/metrics/infomec.py). Active: continuous
       latents whose interquartile range is more than 1/10 of the largest, discrete ones where that of the
-      quantized values, which span [-1, 1] there, is more than 0.1. Here: more than 1/20 of the span of all codes.
-      InfoE is 0 where no latent is active. The rest as `standalone`.
+      quantized values, which lie in [-1, 1] there, is more than 0.1. InfoE is 0 where no latent is active. The rest
+      as `standalone`.
+
+    What `training` and `tripod` compute of discrete latents depends on the quantized values: give them as `values`.
+    Without them the codes stand for them. That is the same for `training` if the values of every latent are in order
+    and evenly spaced, one step for all latents, so not with different numbers of codes over one range; `tripod` then
+    takes 1/20 of the largest range of codes for the 0.1, which is the same if also the latents have as many codes
+    as each other, over [-1, 1], and one of them takes its first and its last code.
 
     Where a formula has no value, these are given, so that no score is ever NaN:
 
@@ -110,10 +120,11 @@ def infomec(
 
     Args:
         latents: integer codes [N, n_z] of any values, since each column is relabelled; indices, not the
-            quantized values. `training` and `tripod` take codes as evenly spaced numbers in the order of the values.
-            With `discrete=False` finite real numbers [N, n_z].
+            quantized values. With `discrete=False` finite real numbers [N, n_z].
         sources: integers [N, n_s], of any values. Floats are taken where all are whole numbers.
         discrete: True for codes, False for continuous latents.
+        values: finite real numbers [N, n_z], what each discrete latent was quantized to; `standalone` has no use for
+            them.
         protocol: one of the above.
         neighbors: k of the estimator for continuous latents; the protocol's by default.
         explicitness: what InfoE predicts, classes or values of the sources. Published scores are of classes.
@@ -124,13 +135,15 @@ def infomec(
 
     Raises:
         ValueError: for arrays that are not two-dimensional, without columns, of different lengths or with
-            fewer than two samples; for codes or sources that are not integers; for continuous latents that are
-            not finite; for options out of range; for too few samples to hold out.
+            fewer than two samples; for codes or sources that are not integers; for continuous latents or values that
+            are not finite; for values of another shape than the latents, or of continuous latents; for options out of
+            range; for too few samples to hold out.
     """
     _check_options(protocol, neighbors, explicitness, held_out, iterations)
     latent_array = codes_of(latents) if discrete else values_of(latents)
     source_array = sources_of(sources)
     check_lengths(latent_array, source_array, score="infomec")
+    quantized = _numbers(latent_array, values, discrete, protocol)
 
     source_labels, source_sizes = relabel(source_array)
     varying = source_sizes > 1
@@ -142,9 +155,9 @@ def infomec(
         )
     nmi = normalised(information, source_labels, source_sizes)
     nmi = np.minimum(nmi, 1.0) if discrete else nmi
-    active = active_latents(latent_array, discrete=discrete, protocol=protocol)
+    active = _active(quantized, discrete, protocol, as_given=values is not None)
     scored = nmi[varying][:, active]
-    features = _features(latent_array, as_codes=discrete and protocol != "training")
+    features = _features(latent_array) if discrete and protocol != "training" else _standardised(quantized)
     told, converged = np.zeros(len(varying)), np.ones(len(varying), dtype=bool)
     readable = features.shape[1] > 0 and (protocol != "tripod" or active.any())
     for source in np.flatnonzero(varying & readable):
@@ -173,20 +186,38 @@ def active_latents(
     latents: np.ndarray | torch.Tensor,  # [N, n_z]
     discrete: bool = True,
     *,
+    values: np.ndarray | torch.Tensor | None = None,  # [N, n_z]
     protocol: Protocol = "standalone",
 ) -> np.ndarray:  # [n_z]
     """Which latents count in InfoM and InfoC, bool [n_z]: `InfoMEC.active`, which needs no sources.
 
     Raises:
-        ValueError: for latents that `infomec` would refuse.
+        ValueError: for latents or values that `infomec` would refuse.
     """
-    latents = codes_of(latents) if discrete else values_of(latents)
-    # Integers of any size differ without overflow as floats.
-    values = latents.astype(np.float64)
+    latent_array = codes_of(latents) if discrete else values_of(latents)
+    return _active(_numbers(latent_array, values, discrete, protocol), discrete, protocol, as_given=values is not None)
+
+
+def _numbers(
+    latents: np.ndarray, values: np.ndarray | torch.Tensor | None, discrete: bool, protocol: Protocol
+) -> np.ndarray:
+    """The numbers that the protocol takes for the latents, less their least, float64 [N, n_z]."""
+    if values is None:
+        return from_least(latents)
+    if not discrete:
+        raise ValueError("values are what codes were quantized to: give none with discrete=False")
+    quantized = array_of(values, "values", "n_z")
+    if quantized.shape != latents.shape:
+        raise ValueError(f"values must have the shape of latents, {list(latents.shape)}, got {list(quantized.shape)}")
+    return from_least(latents) if protocol == "standalone" else values_of(quantized)
+
+
+def _active(values: np.ndarray, discrete: bool, protocol: Protocol, *, as_given: bool) -> np.ndarray:
+    """`active_latents` of values float64 [N, n_z]; `as_given`: whether these are quantized values, or else codes."""
     ranges = np.ptp(values, axis=0)
     match protocol:
         case "standalone" if discrete:
-            return (latents != latents[0]).any(axis=0)
+            return ranges > 0
         case "standalone":
             return ranges > ranges.max() / 20
         case "training":
@@ -194,7 +225,9 @@ def active_latents(
         case "tripod":
             lower, upper = np.quantile(values, [0.25, 0.75], axis=0)
             middle = upper - lower
-            return middle > (np.ptp(values) / 20 if discrete else middle.max() / 10)
+            if discrete:
+                return middle > (TRIPOD_RANGE if as_given else ranges.max() / 20)
+            return middle > middle.max() / 10
 
 
 def concentration(nmi: np.ndarray, *, leave_out_empty: bool = False) -> float:
@@ -226,9 +259,12 @@ def _check_options(protocol: str, neighbors: int | None, explicitness: str, held
         raise ValueError(f"iterations must be at least 1, got {iterations}")
 
 
-def _features(latents: np.ndarray, *, as_codes: bool) -> Features:
-    """What the regressions see of the latents that vary: one-hot codes, or standardised values."""
-    varying = latents[:, (latents != latents[0]).any(axis=0)]
-    if as_codes:
-        return one_hot(*relabel(varying))
-    return standardise(varying.astype(np.float64)) if varying.size else np.empty((len(latents), 0))
+def _features(codes: np.ndarray) -> sparse.csr_array:
+    """One-hot codes of the latents that vary."""
+    return one_hot(*relabel(codes[:, (codes != codes[0]).any(axis=0)]))
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Standardised values of the latents that vary."""
+    varying = values[:, np.ptp(values, axis=0) > 0]
+    return standardise(varying) if varying.size else np.empty((len(values), 0))

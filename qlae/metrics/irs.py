@@ -18,7 +18,7 @@ def irs(
     latent's mean under that value) / (largest deviation from its mean over all). The mean over latents is weighted
     by that last number.
 
-    Source: Suter et al., "Robustly Disentangled Causal Mechanisms" (ICML 2019, arXiv 1811.00007), algorithm 1, as
+    Source: Suter et al., "Robustly Disentangled Causal Mechanisms" (ICML 2019, arXiv 1811.00007), as
     computed in disentanglement_lib, which takes the 99 % quantile for the largest deviation under a value. Latents
     enter as numbers and are not rescaled, so one of large range weighs most. A value with one sample has no
     deviation, so few samples a value flatter the score. Random codes score about 0, or a little below, where the

@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from qlae.metrics.fitting import fit
+from qlae.metrics.fitting import fit, warn_unless_converged
 from qlae.metrics.mutual_information import binned_information, standardise
 from qlae.metrics.samples import check_lengths, relabel, sources_of, split, values_of
 
@@ -60,7 +60,8 @@ def explicitness(
 
     Source: Ridgeway and Mozer 2018, section 3, as Locatello et al. 2019 compute it, who fit 10,000 samples and score
     5,000: the default share. Latents enter as numbers. Classes without a sample held out are left out, a source
-    where that leaves none counts as 0.5; without a varying latent or source the score is 0.5.
+    where that leaves none counts as 0.5; without a varying latent or source the score is 0.5. A regression that does
+    not converge is reported by scikit-learn's ConvergenceWarning.
 
     Args:
         latents: real numbers or codes.
@@ -79,15 +80,20 @@ def explicitness(
     if values.shape[1] == 0 or not (sizes > 1).any():
         return 0.5
     features = standardise(values)
-    return float(np.mean([_area(features, labels[:, source], held_out, seed) for source in np.flatnonzero(sizes > 1)]))
+    of_source = [_area(features, labels[:, source], held_out, seed) for source in np.flatnonzero(sizes > 1)]
+    areas, converged = zip(*of_source, strict=True)
+    warn_unless_converged("explicitness", converged)
+    return float(np.mean(areas))
 
 
-def _area(features: np.ndarray, labels: np.ndarray, held_out: float, seed: int) -> float:
+def _area(features: np.ndarray, labels: np.ndarray, held_out: float, seed: int) -> tuple[float, bool]:
+    """Mean area of the classes of one source, and whether the regression converged."""
     fitted, scored = split(labels, held_out, seed)
     regression = LogisticRegression()
-    fit(regression, features[fitted], labels[fitted])
+    converged = fit(regression, features[fitted], labels[fitted])
     probabilities = regression.predict_proba(features[scored])
     present = np.unique(labels[scored])
     if len(present) < 2:
-        return 0.5
-    return float(np.mean([roc_auc_score(labels[scored] == name, probabilities[:, name]) for name in present]))
+        return 0.5, converged
+    areas = [roc_auc_score(labels[scored] == name, probabilities[:, name]) for name in present]
+    return float(np.mean(areas)), converged

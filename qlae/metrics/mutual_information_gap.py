@@ -15,8 +15,8 @@ def mutual_information_gap(
 ) -> float:
     """Mean over the varying sources of (largest - second largest I(source; latent)) / H(source), in [0, 1].
 
-    Source: Chen et al., "Isolating Sources of Disentanglement in VAEs" (NeurIPS 2018, arXiv 1802.04942), section
-    4, with the plug-in estimate of Locatello et al. (ICML 2019, arXiv 1811.12359), whose code takes 20 bins.
+    Source: Chen et al., "Isolating Sources of Disentanglement in VAEs" (NeurIPS 2018, arXiv 1802.04942),
+    with the plug-in estimate of Locatello et al. (ICML 2019, arXiv 1811.12359), whose code takes 20 bins.
     Without a varying source 0; a single latent has 0 for a second.
 
     Args:

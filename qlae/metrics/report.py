@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from qlae.metrics.all_scores import other_scores
-from qlae.metrics.infomec import InfoMEC, infomec
+from qlae.metrics.dci import DEFAULT_MODEL
+from qlae.metrics.fitting import collected
+from qlae.metrics.infomec import NEIGHBORS, Explicitness, InfoMEC, Protocol, infomec
 
 MEANINGS = {
     "infom": "modularity: each latent tells one source",
@@ -32,17 +34,19 @@ class Report:
 
     Attributes:
         samples: N.
-        protocol: of InfoMEC.
+        settings: everything else that two reports must have in common to be compared, by name.
         infomec: InfoMEC with its matrix.
-        others: the other scores by name.
+        others: the other scores by name; None where the samples are too few for one.
+        notes: why a score is None, and which had models that did not converge.
     """
 
     samples: int
-    protocol: str
+    settings: dict[str, object]
     infomec: InfoMEC
-    others: dict[str, float]
+    others: dict[str, float | None]
+    notes: list[str]
 
-    def by_name(self) -> dict[str, float]:
+    def by_name(self) -> dict[str, float | None]:
         """Every score by the names of `MEANINGS`."""
         mec = self.infomec
         return {"infom": mec.infom, "infoc": mec.infoc, "infoe": mec.infoe} | self.others
@@ -56,14 +60,16 @@ class Report:
             "active": mec.active.tolist(),
             "varying": mec.varying.tolist(),
             "nmi": mec.nmi.tolist(),
+            "notes": self.notes,
             "samples": self.samples,
-            "protocol": self.protocol,
+            "settings": self.settings,
         }
         return json.dumps(self.by_name() | rest, indent=2, allow_nan=False)
 
     def table(self) -> str:
         """One score a line, with what it measures."""
-        rows = [f"{name:<21}{value:>6.3f}  {MEANINGS[name]}" for name, value in self.by_name().items()]
+        numbers = {name: "-" if value is None else f"{value:.3f}" for name, value in self.by_name().items()}
+        rows = [f"{name:<21}{number:>6}  {MEANINGS[name]}" for name, number in numbers.items()]
         mec = self.infomec
         rows.append(f"{self.samples:,} samples, {mec.active.sum()} of {len(mec.active)} latents active")
         constant = np.flatnonzero(~mec.varying)
@@ -71,11 +77,35 @@ class Report:
             rows.append(f"sources that do not vary and count nowhere: {', '.join(map(str, constant))}")
         if not mec.converged:
             rows.append("a regression behind infoe had not converged at its last iteration")
-        return "\n".join(rows)
+        return "\n".join(rows + self.notes)
 
 
-def score_codes(latents: np.ndarray, sources: np.ndarray, discrete: bool, *, seed: int, **options: Any) -> Report:
+def score_codes(
+    latents: np.ndarray,
+    sources: np.ndarray,
+    discrete: bool,
+    *,
+    values: np.ndarray | None = None,
+    protocol: Protocol = "standalone",
+    neighbors: int | None = None,
+    explicitness: Explicitness = "classification",
+    held_out: float = 0.0,
+    iterations: int = 100,
+    seed: int = 0,
+) -> Report:
     """Scores latents [N, n_z] against sources [N, n_s]; the options are those of `infomec`, as are the errors."""
-    mec = infomec(latents, sources, discrete, seed=seed, **options)
-    others = other_scores(latents, sources, discrete, seed=seed)
-    return Report(len(latents), options.get("protocol", "standalone"), mec, others)
+    options: dict[str, Any] = {
+        "protocol": protocol,
+        "neighbors": neighbors,
+        "explicitness": explicitness,
+        "held_out": held_out,
+        "iterations": iterations,
+        "seed": seed,
+    }
+    mec = infomec(latents, sources, discrete, values=values, **options)
+    with collected(UserWarning) as notes:
+        others = other_scores(latents, sources, discrete, seed=seed)
+    counted = None if discrete else neighbors or NEIGHBORS[protocol]
+    settings = options | {"discrete": discrete, "neighbors": counted, "dci_model": DEFAULT_MODEL}
+    settings["from_values"] = values is not None
+    return Report(len(latents), settings, mec, others, notes)

@@ -3,6 +3,13 @@
 import numpy as np
 import torch
 
+# Floats beyond it are refused: squares of sums stay far inside float64 below it.
+LARGEST = 1e30
+
+
+class TooFewSamplesError(ValueError):
+    """The samples allow other scores, but not this one."""
+
 
 def array_of(values: np.ndarray | torch.Tensor, name: str, columns: str) -> np.ndarray:
     """A NumPy array of the values, which may share their memory.
@@ -35,20 +42,48 @@ def codes_of(latents: np.ndarray | torch.Tensor) -> np.ndarray:
     return array
 
 
-def values_of(latents: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Continuous latents as float64 [N, n_z]; integers and bools are taken as numbers.
+def numbers_of(latents: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Latents as an array [N, n_z] of real numbers, in the type they came in.
 
     Raises:
-        ValueError: for another shape, values that are not real numbers, or NaN or infinity among them.
+        ValueError: for another shape, values that are not real numbers, NaN or infinity among them, or floats beyond
+            1e30.
     """
     array = array_of(latents, "latents", "n_z")
     if array.dtype.kind not in "iubf":
         raise ValueError(f"latents must be real numbers, got {array.dtype}")
-    array = array.astype(np.float64)
+    if array.dtype.kind != "f":
+        return array
     finite = np.isfinite(array).all(axis=0)
     if not finite.all():
         raise ValueError(f"latents must be finite, got NaN or infinity in column {int(np.argmin(finite))}")
+    largest = np.abs(array.astype(np.float64)).max(axis=0, initial=0.0)
+    if (largest > LARGEST).any():
+        raise ValueError(
+            f"latents must lie within {LARGEST:g} of 0, got {largest.max():g} in column {int(np.argmax(largest))}: "
+            "rescale them"
+        )
     return array
+
+
+def values_of(latents: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Latents as float64 [N, n_z], each column less its least value: no score depends on a latent's place.
+
+    Integers are subtracted before they become floats, which tell large neighbours apart no more.
+
+    Raises:
+        ValueError: as `numbers_of`.
+    """
+    return from_least(numbers_of(latents))
+
+
+def from_least(array: np.ndarray) -> np.ndarray:
+    """Each column of numbers [N, n] less its least value, float64."""
+    if array.size == 0 or array.dtype.kind == "f":
+        array = array.astype(np.float64)
+        return array - array.min(axis=0, initial=np.inf)
+    # Integers modulo 2**64, in which no difference overflows.
+    return (array.astype(np.uint64) - array.min(axis=0).astype(np.uint64)).astype(np.float64)
 
 
 def sources_of(sources: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -104,7 +139,7 @@ def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, n
     Each class gives floor(held_out * its size) random samples to score, so that none is missing from the fit.
 
     Raises:
-        ValueError: if fewer than two samples are left to score.
+        TooFewSamplesError: if fewer than two samples are left to score.
     """
     if held_out == 0:
         everything = np.arange(len(labels))
@@ -115,7 +150,7 @@ def split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, n
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     to_score = rank < np.floor(held_out * counts).repeat(counts)
     if to_score.sum() < 2:
-        raise ValueError(
+        raise TooFewSamplesError(
             f"held_out={held_out:g} of {len(labels)} samples in {len(counts)} classes leaves {to_score.sum()} "
             "to score, at least 2 are needed: give more samples or a larger share"
         )

@@ -1,5 +1,10 @@
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 
 from qlae.metrics import beta_vae
 
@@ -23,6 +28,19 @@ def test_the_penalty_makes_the_scale_matter() -> None:
     # One pair a point leaves differences that overlap, and weights of about 1000 that the penalty forbids.
     options = QUICK | {"pairs": 1}
     assert beta_vae(SOURCES * 1e-4, SOURCES, **options) < beta_vae(SOURCES, SOURCES, **options)
+
+
+def test_points_of_one_source_only_are_named() -> None:
+    with pytest.raises(ValueError, match="beta_vae: train_points=1 drew points of one source only: give more"):
+        beta_vae(SOURCES, SOURCES, train_points=1)
+
+
+def test_a_regression_that_does_not_converge_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["qlae.metrics.beta_vae"], "LogisticRegression", partial(LogisticRegression, max_iter=1)
+    )
+    with pytest.warns(ConvergenceWarning, match="beta_vae: 1 of 1 models had not converged"):
+        beta_vae(SOURCES, SOURCES, **QUICK)
 
 
 @pytest.mark.parametrize("options", [{"pairs": 0}, {"train_points": 0}, {"test_points": 0}])

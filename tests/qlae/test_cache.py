@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,21 +62,39 @@ def test_the_file_cannot_be_changed_through_the_map(written: ImageCache) -> None
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda cache: cache.record_path.unlink(), None),
-        (lambda cache: cache.record_path.write_text("{"), None),
+        (lambda cache: cache.record_path.unlink(), "without a record that can be read"),
+        (lambda cache: cache.record_path.write_text("{"), "without a record that can be read"),
         (lambda cache: os.truncate(cache.path, 100), "cut short"),
         (lambda cache: flip_a_bit(cache.path), "damaged"),
         (lambda cache: cache.record_path.write_text(json.dumps({"format": 0})), "of another version or shape"),
     ],
 )
 def test_a_damaged_cache_is_noticed_and_made_again(
-    written: ImageCache, capsys: pytest.CaptureFixture[str], damage: object, fault: str | None
+    written: ImageCache, capsys: pytest.CaptureFixture[str], damage: object, fault: str
 ) -> None:
     damage(written)
     assert written.open(ORIGIN) is None
     assert np.array_equal(written.open_or_write(ORIGIN, blocks), pixels())
-    message = capsys.readouterr().err
-    assert message == "" if fault is None else f"set.npy is {fault} and is made again" in message
+    assert f"set.npy is {fault} and is made again" in capsys.readouterr().err
+
+
+def test_a_lost_record_is_written_anew_where_there_is_no_source(
+    written: ImageCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = json.loads(written.record_path.read_text())
+    written.record_path.write_text("{")
+    assert np.array_equal(written.open(None), pixels())
+    assert "set.json cannot be read and is written anew from set.npy" in capsys.readouterr().err
+    assert json.loads(written.record_path.read_text()) == expected | {"origin": {}}
+    assert np.array_equal(written.open(None), pixels()) and capsys.readouterr().err == ""
+    assert written.fault(ORIGIN) == "made from other files"
+
+
+@pytest.mark.parametrize("length", [0, 100, -1, 700])
+def test_a_lost_record_of_a_file_that_is_not_whole(written: ImageCache, length: int) -> None:
+    written.record_path.unlink()
+    os.truncate(written.path, length if length >= 0 else written.path.stat().st_size - 1)
+    assert written.open(None) is None
 
 
 def flip_a_bit(path: Path) -> None:
@@ -137,6 +156,17 @@ def test_a_killed_conversion_is_not_taken_for_a_whole_one(cache: ImageCache) -> 
     assert cache.open(ORIGIN) is None
     assert np.array_equal(cache.open_or_write(ORIGIN, blocks), pixels())
     assert not list(cache.path.parent.glob("*.partial"))
+
+
+def test_what_a_killed_conversion_left_takes_no_room(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = cache.path.with_suffix(".partial")
+    partial.parent.mkdir()
+    partial.write_bytes(bytes(400))
+    # a disk of 600 bytes; the images take 480
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: SimpleNamespace(free=600 - (400 if partial.exists() else 0))
+    )
+    assert np.array_equal(cache.open_or_write(ORIGIN, blocks), pixels())
 
 
 def test_too_few_images_are_not_taken_for_all(cache: ImageCache) -> None:

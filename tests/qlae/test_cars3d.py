@@ -68,6 +68,17 @@ def test_images_follow_elevation_azimuth_and_car(tmp_path: Path) -> None:
     assert sources[-1].tolist() == [1, 2, 3]
 
 
+def test_an_archive_made_elsewhere_is_read(tmp_path: Path) -> None:
+    expected = write(tmp_path, meshes()).load(root=tmp_path).images(torch.arange(LENGTH))
+    with tarfile.open(tmp_path / NAME, "w:gz") as archive:
+        for name, image in meshes().items():
+            file = io.BytesIO()
+            savemat(file, {"im": image})
+            add(archive, f"./data/cars/._{name}.mat", b"what macOS puts beside a file")
+            add(archive, f"./data/cars/{name}.mat", file.getvalue())
+    assert torch.equal(small(tmp_path / NAME).load(root=tmp_path).images(torch.arange(LENGTH)), expected)
+
+
 def test_rows_and_columns_are_not_swapped(tmp_path: Path) -> None:
     images = meshes()
     images["car_000_mesh"][:64] = 200

@@ -112,8 +112,8 @@ def test_traverse_prints_the_path_of_its_picture(run: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == "elsewhere/picture.png\n"
     with Image.open("elsewhere/picture.png") as picture:
         assert picture.width > 100
-    assert "held-out images 0 to 5" in refused(capsys, "traverse", "run", "--image", "6")
-    assert "held-out images 0 to 5" in refused(capsys, "traverse", "run", "--image", "-1")
+    assert "evaluation images 0 to 5" in refused(capsys, "traverse", "run", "--image", "6")
+    assert "evaluation images 0 to 5" in refused(capsys, "traverse", "run", "--image", "-1")
 
 
 def test_a_folder_of_pictures(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,7 +438,7 @@ def test_metrics_takes_its_options(codes: Path, capsys: pytest.CaptureFixture[st
     options = ["--continuous", "--protocol", "training", "--explicitness", "regression", "--held-out", "0.3"]
     assert main(["metrics", "codes.npz", "--json", "--output", "new/picture.png", *options]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["protocol"] == "training"
+    assert scores["settings"]["protocol"] == "training"
     assert list(Path("new").iterdir()) == [Path("new/picture.png")]
     with np.load(codes) as arrays:
         latents, sources = arrays["latents"], arrays["sources"]
@@ -455,7 +455,8 @@ def test_metrics_takes_its_options(codes: Path, capsys: pytest.CaptureFixture[st
         ({"latents": np.zeros((200, 2))}, [], "codes.npz: latents are float64, not codes: give --continuous"),
         ({"latents": np.full((200, 2), np.nan)}, ["--continuous"], "codes.npz: latents must be finite, got NaN"),
         ({"sources": np.full((200, 2), 0.5)}, [], "codes.npz: sources must be whole numbers"),
-        ({"sources": np.arange(400).reshape(200, 2)}, [], "codes.npz: held_out=0.1 of 200 samples in 200 classes"),
+        ({}, ["--neighbors", "0"], "neighbors must be at least 1, got 0"),
+        ({}, ["--iterations", "0"], "iterations must be at least 1, got 0"),
         ({}, ["--protocol", "paper"], "protocol must be one of standalone, training, tripod, got 'paper'"),
         ({}, ["--held-out", "2"], "held_out must be a share in [0, 1), got 2.0"),
     ],
@@ -471,6 +472,67 @@ def test_metrics_refuses_bad_input_in_one_line(
         np.savez(codes, **(dict(saved) | arrays))
     assert message in refused(capsys, "metrics", "codes.npz", *options)
     assert os.listdir() == ["codes.npz"]
+
+
+def test_metrics_gives_the_other_scores_where_one_has_no_value(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = np.arange(400).reshape(200, 2)
+    np.savez(codes, latents=sources // 40, sources=sources)
+    assert main(["metrics", "codes.npz", "--json"]) == 0
+    captured = capsys.readouterr()
+    scores = json.loads(captured.out)
+    assert scores["infoe"] > 0 and scores["mig"] is not None and captured.err == ""
+    lost = ["dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "factor_vae", "beta_vae"]
+    assert [name for name in scores if scores[name] is None] == [*lost, "explicitness"]
+    reasons = [note.split(": ")[0] for note in scores["notes"]]
+    assert reasons == [f"{name} has no value" for name in ("dci", "sap", "factor_vae", "beta_vae", "explicitness")]
+    assert main(["metrics", "codes.npz"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "sap                       -  accuracy gap between a source's best two latents" in lines
+    assert "sap has no value: held_out=0.333333 of 200 samples in 200 classes leaves 0 to score" in "\n".join(lines)
+
+
+def test_metrics_says_how_its_scores_were_computed(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("discrete", "explicitness", "held_out", "neighbors", "iterations", "seed", "dci_model", "protocol")
+    assert main(["metrics", "codes.npz", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert [settings[name] for name in names] == [
+        True,
+        "classification",
+        0,
+        None,
+        100,
+        0,
+        "random_forest",
+        "standalone",
+    ]
+    options = ["--continuous", "--protocol", "training", "--seed", "3", "--held-out", "0.25", "--iterations", "7"]
+    assert main(["metrics", "codes.npz", "--json", *options, "--explicitness", "regression"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert [settings[name] for name in names] == [False, "regression", 0.25, 3, 7, 3, "random_forest", "training"]
+
+
+def test_metrics_takes_quantized_values_for_the_protocols_that_see_them(
+    codes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(codes) as arrays:
+        latents, sources = arrays["latents"], arrays["sources"]
+    # The third latent's codes lie close together.
+    values = latents * [1.0, 1.0, 0.01]
+    np.savez(codes, latents=latents, sources=sources, values=values)
+    for protocol, active in (("standalone", [True] * 3), ("training", [True, True, False])):
+        assert main(["metrics", "codes.npz", "--json", "--protocol", protocol]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert (scores["active"], scores["settings"]["from_values"]) == (active, protocol == "training")
+
+
+def test_metrics_takes_neighbors_and_iterations(codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--continuous", "--neighbors", "5", "--iterations", "2"]
+    assert main(["metrics", "codes.npz", "--json", *options]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    with np.load(codes) as arrays:
+        expected = infomec(arrays["latents"], arrays["sources"], discrete=False, neighbors=5, iterations=2)
+    assert (scores["nmi"], scores["infoe"]) == (expected.nmi.tolist(), expected.infoe)
+    assert scores["infoe_converged"] is False and scores["settings"]["neighbors"] == 5
 
 
 def test_metrics_refuses_a_foreign_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_come_back(tmp_path: Path, save: object) -> None:
     save(tmp_path / "codes.npz", latents=LATENTS, sources=SOURCES)
-    latents, sources = read_codes(tmp_path / "codes.npz")
+    latents, sources, values = read_codes(tmp_path / "codes.npz")
+    assert values is None
     np.testing.assert_array_equal(latents, LATENTS)
     np.testing.assert_array_equal(sources, SOURCES)
 
@@ -67,3 +68,37 @@ def test_damaged_files_are_named(file: Path) -> None:
     # Inside the first array, whose checksum then fails.
     file.write_bytes(whole[:1000] + bytes(8) + whole[1008:])
     assert "is damaged in its array latents: write it again" in refusal(file)
+
+
+def with_header(path: Path, header: bytes) -> Path:
+    """A file whose array `latents` begins with this header."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("latents.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    return path
+
+
+def test_headers_that_make_no_sense_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "codes.npz"
+    huge = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000, 12), }\n"
+    broken = b"{'descr': '<i8', 'fortran_order': False, 'shape': (5, \n"
+    for header in (huge, broken, b"\xff\xfe", b""):
+        assert "codes.npz cannot give its array latents (" in refusal(with_header(path, header))
+
+
+def test_archives_that_cannot_be_unpacked_are_named(file: Path) -> None:
+    whole = file.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"latents.npy"))
+    for offset, value in ((8, 1), (10, 99)):
+        changed = bytearray(whole)
+        # the flag of an encrypted member, and a way of packing that nobody knows
+        changed[entry + offset : entry + offset + 2] = value.to_bytes(2, "little")
+        changed[offset - 2 : offset] = value.to_bytes(2, "little")
+        file.write_bytes(changed)
+        assert "codes.npz cannot give its array latents (" in refusal(file)
+
+
+def test_a_single_array_with_a_broken_header_is_no_npz_file(tmp_path: Path) -> None:
+    path = tmp_path / "codes.npz"
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (5, \n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    assert "is not an .npz file" in refusal(path)

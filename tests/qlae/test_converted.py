@@ -1,7 +1,9 @@
 """What the downloaded sets have in common."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,27 @@ def test_state_follows_what_is_there(tmp_path: Path, pixels: np.ndarray) -> None
     assert Grey.state(tmp_path) == "downloaded"
     Grey.load(root=tmp_path)
     assert Grey.state(tmp_path) == "converted"
+
+
+def test_state_follows_a_changed_source(tmp_path: Path, pixels: np.ndarray) -> None:
+    Grey.load(root=tmp_path)
+    (255 - pixels).tofile(tmp_path / "grey" / "images.bin")
+    assert Grey.state(tmp_path) == "downloaded"
+    Grey.load(root=tmp_path)
+    assert Grey.state(tmp_path) == "converted"
+    (tmp_path / "grey" / "images.bin").unlink()
+    assert Grey.state(tmp_path) == "converted"
+
+
+def test_state_follows_a_source_that_is_no_longer_the_published_one(tmp_path: Path, pixels: np.ndarray) -> None:
+    file = replace(Grey.files[0], digest=f"md5:{hashlib.md5(pixels.tobytes()).hexdigest()}")
+    published = type("Published", (Grey,), {"files": (file,)})
+    published.load(root=tmp_path)
+    assert published.state(tmp_path) == "converted"
+    (255 - pixels).tofile(tmp_path / "grey" / "images.bin")
+    assert published.state(tmp_path) == "downloaded"
+    with pytest.raises(UserError, match="delete it and run `qlae data prepare NAME` with the set's name"):
+        published.load(root=tmp_path)
 
 
 def test_an_index_beyond_the_end_is_an_error(tmp_path: Path, pixels: np.ndarray) -> None:

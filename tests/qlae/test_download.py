@@ -5,6 +5,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ class Server:
 
     Attributes:
         ranges: whether it understands Range.
+        says_length, says_range: whether its answers have these headers.
+        shift: by how much a part begins elsewhere than it was asked to.
         breaks_after: bytes after which each of the next connections ends; None for whole ones.
         requests: the Range header of each request, None where there was none.
     """
@@ -34,6 +37,8 @@ class Server:
         self.ranges = True
         self.status = 200
         self.says_length = True
+        self.says_range = True
+        self.shift = 0
         self.breaks_after: list[int | None] = []
         self.requests: list[str | None] = []
 
@@ -45,10 +50,16 @@ class Server:
             return
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.ranges else 0
         if start and start >= len(self.content):
-            handler.send_error(416)
+            handler.send_response(416)
+            if self.says_length:
+                handler.send_header("Content-Range", f"bytes */{len(self.content)}")
+            handler.end_headers()
             return
         body = self.content[start:]
-        handler.send_response(206 if wanted and self.ranges else 200)
+        partly = bool(wanted) and self.ranges
+        handler.send_response(206 if partly else 200)
+        if partly and self.says_range:
+            handler.send_header("Content-Range", f"bytes {start + self.shift}-{len(self.content) - 1}/*")
         if self.says_length:
             handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
@@ -151,14 +162,61 @@ def test_a_server_that_does_not_say_the_length(tmp_path: Path, server: Server, f
     assert download(file, tmp_path).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("extra", [b"", b"more"])
-def test_a_part_that_is_as_long_as_the_file_is_fetched_anew(
-    tmp_path: Path, server: Server, file: SourceFile, extra: bytes
+def kept(root: Path, content: bytes) -> None:
+    (root / "set").mkdir()
+    (root / "set" / "file.bin.download").write_bytes(content)
+
+
+@pytest.mark.parametrize("digest", [DIGEST, None])
+def test_a_whole_part_is_verified_and_not_fetched_again(
+    tmp_path: Path, server: Server, file: SourceFile, digest: str | None
 ) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "file.bin.download").write_bytes(CONTENT + extra)
+    kept(tmp_path, CONTENT)
+    assert download(replace(file, digest=digest), tmp_path).read_bytes() == CONTENT
+    assert server.requests == [f"bytes={len(CONTENT)}-"]
+
+
+def test_a_whole_part_of_other_content_is_deleted(tmp_path: Path, server: Server, file: SourceFile) -> None:
+    kept(tmp_path, CONTENT[::-1])
+    with pytest.raises(UserError, match="was not the published file, and is deleted"):
+        download(file, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_part_longer_than_the_file_is_fetched_anew(tmp_path: Path, server: Server, file: SourceFile) -> None:
+    kept(tmp_path, CONTENT + b"more")
     assert download(file, tmp_path).read_bytes() == CONTENT
-    assert server.requests == [f"bytes={len(CONTENT + extra)}-", None]
+    assert server.requests == [f"bytes={len(CONTENT) + 4}-", None]
+
+
+def test_a_whole_part_is_fetched_anew_where_the_server_does_not_say_the_length(
+    tmp_path: Path, server: Server, file: SourceFile
+) -> None:
+    server.says_length = False
+    kept(tmp_path, CONTENT)
+    assert download(file, tmp_path).read_bytes() == CONTENT
+    assert server.requests == [f"bytes={len(CONTENT)}-", None]
+
+
+@pytest.mark.parametrize(("shift", "says_range"), [(-1000, True), (1, True), (0, False)])
+def test_a_part_that_begins_elsewhere_is_not_appended(
+    tmp_path: Path, server: Server, file: SourceFile, shift: int, says_range: bool
+) -> None:
+    server.shift, server.says_range = shift, says_range
+    kept(tmp_path, CONTENT[:3000])
+    with pytest.raises(UserError, match=r"asked for the bytes from 3,000 on, the server sends .*3,000 bytes are kept"):
+        download(replace(file, digest=None), tmp_path)
+    assert (tmp_path / "set" / "file.bin.download").read_bytes() == CONTENT[:3000]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_what_is_there_already_needs_no_room(
+    tmp_path: Path, server: Server, file: SourceFile, monkeypatch: pytest.MonkeyPatch, ranges: bool
+) -> None:
+    server.ranges = ranges
+    kept(tmp_path, CONTENT[:3000])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT) - 3000))
+    assert download(file, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_wrong_file_is_deleted(tmp_path: Path, server: Server, file: SourceFile) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import trapezoid
 from scipy.special import digamma
 from scipy.stats import norm
 from sklearn.feature_selection import mutual_info_classif
@@ -12,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, mutual_info_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from qlae.metrics import infomec
+from qlae.metrics import active_latents, infomec
 
 # Separable regressions stop at scikit-learn's gradient tolerance of 1e-4, a little before a log loss of 0.
 SEPARABLE = 2e-3
@@ -369,7 +370,7 @@ def test_continuous_information_of_normal_classes() -> None:
     # I = H(mixture of two normals) - H(normal), by quadrature.
     grid_values = np.linspace(-8, 10, 20001)
     density = (norm.pdf(grid_values) + norm.pdf(grid_values - distance)) / 2
-    exact = np.trapezoid(-density * np.log(density), grid_values) - norm.entropy()
+    exact = trapezoid(-density * np.log(density), grid_values) - norm.entropy()
     scores = infomec(latent, source, discrete=False)
     assert scores.nmi[0, 0] * np.log(2) == pytest.approx(exact, abs=0.01)
 
@@ -397,11 +398,16 @@ def test_continuous_equal_values_are_parted_by_seeded_noise() -> None:
 def test_continuous_scores_do_not_depend_on_scale_or_sign() -> None:
     latents, sources = noisy_values()
     scores = infomec(latents, sources, discrete=False)
-    for factor in (-1.0, 1e200, 1e-200):
+    for factor in (-1.0, 1e28, 1e-200):
         scaled = infomec(latents * factor + factor, sources, discrete=False)
         np.testing.assert_allclose(scaled.nmi, scores.nmi, atol=1e-6)
         assert scaled.active.tolist() == scores.active.tolist()
         assert scaled.infoe == pytest.approx(scores.infoe, abs=1e-4)
+
+
+def test_continuous_latents_may_span_all_that_is_allowed() -> None:
+    sources = grid(3, 4)
+    assert infomec((sources[:, :1] - 1) * 1e30, sources, discrete=False).active.tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -434,6 +440,7 @@ def test_continuous_torch_latents(dtype: torch.dtype) -> None:
     [
         (np.array([[0.0, np.nan]] * 4), {}, "latents must be finite, got NaN or infinity in column 1"),
         (np.array([[np.inf, 0.0]] * 4), {}, "latents must be finite, got NaN or infinity in column 0"),
+        (np.array([[0.0, -1e31]] * 4), {}, r"latents must lie within 1e\+30 of 0, got 1e\+31 in column 1"),
         (np.full((4, 2), 1j), {}, "latents must be real numbers, got complex128"),
         (np.zeros((4, 2)), {"neighbors": 0}, "neighbors must be at least 1, got 0"),
         (np.zeros((3, 2)), {}, "same length, got 3 and 4"),
@@ -488,6 +495,69 @@ def test_tripod_protocol_asks_for_an_interquartile_range() -> None:
     alone = infomec(latents[:, 1:], sources, protocol="tripod")
     assert (alone.infom, alone.infoc, alone.infoe) == (0.0, 0.0, 0.0)
     assert infomec(latents[:, 1:], sources).infoe > 0.04
+
+
+def mixed_levels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes of 32 and 4 values over [-1, 1], one source each, and a latent of values that are not evenly spaced."""
+    sources = grid(32, 4, repeats=2)
+    codes = np.column_stack([sources, sources[:, 1]])
+    tables = (np.linspace(-1, 1, 32), np.linspace(-1, 1, 4), np.array([-1.0, -0.99, -0.98, 0.9]))
+    values = np.column_stack([table[column] for table, column in zip(tables, codes.T, strict=True)])
+    return codes, values, sources
+
+
+def literal_active(values: np.ndarray, protocol: str) -> list[bool]:
+    """The rules as the published files have them, on quantized values."""
+    if protocol == "training":
+        ranges = values.max(axis=0) - values.min(axis=0)
+        return (ranges > ranges.max() / 8).tolist()
+    quartiles = np.quantile(values, q=[0.25, 0.75], axis=0)
+    return (quartiles[1] - quartiles[0] > 0.1).tolist()
+
+
+@pytest.mark.parametrize("protocol", ["training", "tripod"])
+def test_protocols_on_quantized_values_are_the_published_ones(protocol: str) -> None:
+    codes, values, sources = mixed_levels()
+    scores = infomec(codes, sources, values=values, protocol=protocol)
+    assert (
+        scores.active.tolist()
+        == literal_active(values, protocol)
+        == active_latents(codes, values=values, protocol=protocol).tolist()
+    )
+    # Each of 4 codes is far apart from the next: the second latent is active, though not by its codes in training.
+    assert scores.active[1] and infomec(codes, sources, protocol="training").active.tolist() == [True, False, False]
+    nmi = np.array([[mutual_info_score(source, code) for code in codes.T] for source in sources.T])
+    nmi /= np.array([mutual_info_score(source, source) for source in sources.T])[:, None]
+    kept = nmi[:, scores.active]
+    modularity = (np.mean(kept.max(axis=0) / kept.sum(axis=0)) - 1 / 2) / (1 - 1 / 2)
+    latents = kept.shape[1]
+    compactness = (np.mean(kept.max(axis=1) / kept.sum(axis=1)) - 1 / latents) / (1 - 1 / latents)
+    assert (scores.infom, scores.infoc) == (pytest.approx(modularity), pytest.approx(compactness))
+
+
+def test_training_protocol_reads_the_quantized_values() -> None:
+    codes, values, sources = mixed_levels()
+    features = StandardScaler().fit_transform(values)
+    expected = []
+    for labels in sources.T:
+        regression = LogisticRegression(C=np.inf, class_weight="balanced", max_iter=100)
+        loss = log_loss(labels, regression.fit(features, labels).predict_proba(features))
+        expected.append(1 - loss / np.log(labels.max() + 1))
+    scores = infomec(codes, sources, values=values, protocol="training")
+    np.testing.assert_allclose(scores.infoe_of_source, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        (CODES[:, :1], {}, r"values must have the shape of latents, \[4, 2\], got \[4, 1\]"),
+        (np.full((4, 2), np.nan), {}, "must be finite"),
+        (CODES, {"discrete": False}, "give none with discrete=False"),
+    ],
+)
+def test_wrong_quantized_values_are_named(values: np.ndarray, options: dict[str, bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        infomec(CODES, CODES, values=values, protocol="training", **options)
 
 
 def test_explicitness_by_regression_is_the_coefficient_of_determination() -> None:

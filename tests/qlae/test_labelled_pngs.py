@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,18 @@ def test_labels_decide_the_order(tmp_path: Path, loader: type[LabelledPNGs]) -> 
     assert red.round().long().tolist() == (np.argsort(order) * 20).tolist()
 
 
+def test_few_pictures_are_decoded_at_a_time(tmp_path: Path, loader: type[LabelledPNGs]) -> None:
+    large = type("Large", (loader,), {"factors": (Factor("a", 600),)})
+    path = tmp_path / loader.files[0].path
+    (path.parent / "images").mkdir(parents=True)
+    with path.open("wb") as file:
+        np.save(file, np.arange(600.0)[:, None])
+    Image.fromarray(picture(0)).save(path.parent / "images" / "000000.png")
+    for number in range(1, 600):
+        os.link(path.parent / "images" / "000000.png", path.parent / "images" / f"{number:06}.png")
+    assert [len(block) for block in large.blocks(tmp_path)] == [512, 88]
+
+
 def test_the_published_sets_are_declared() -> None:
     assert [factor.size for factor in Falcor3D.factors] == [5, 6, 6, 6, 6, 6, 6]
     assert Falcor3D.cache(Path()).shape == (233_280, 3, 64, 64)
@@ -135,6 +148,29 @@ def test_a_wrong_picture_is_named(tmp_path: Path, loader: type[LabelledPNGs], co
         os.truncate(path, 20_000)
     with pytest.raises(UserError, match=r"000007\.png (is 64 x 128 pixels, wanted 128 x 128|cannot be read)"):
         loader.load(root=tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["", "labels", "images", "labels and an empty folder"])
+def test_pictures_and_labels_may_be_deleted_once_converted(
+    tmp_path: Path, loader: type[LabelledPNGs], kept: str
+) -> None:
+    folder = write(tmp_path, loader, labels())
+    before = loader.load(root=tmp_path).images(torch.arange(LENGTH))
+    if kept != "images":
+        shutil.rmtree(folder)
+    if "labels" not in kept:
+        (tmp_path / loader.files[0].path).unlink()
+    if "empty" in kept:
+        folder.mkdir()
+    assert torch.equal(loader.load(root=tmp_path).images(torch.arange(LENGTH)), before)
+    assert loader.state(tmp_path) == "converted"
+
+
+def test_missing_pictures_are_asked_for(tmp_path: Path, loader: type[LabelledPNGs]) -> None:
+    shutil.rmtree(write(tmp_path, loader, labels()))
+    with pytest.raises(UserError, match=r"images is missing: open https://drive\.google.* and unpack it, so that"):
+        loader.load(root=tmp_path)
+    assert loader.state(tmp_path) == "1 of 2 files missing"
 
 
 def test_pictures_that_came_or_went_are_noticed(tmp_path: Path, loader: type[LabelledPNGs]) -> None:

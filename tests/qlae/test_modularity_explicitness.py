@@ -1,5 +1,8 @@
+from functools import partial
+
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
@@ -43,6 +46,14 @@ def test_explicitness_without_two_classes_to_score_is_chance() -> None:
     # A third of two samples is none, so that one class alone is held out.
     sources = np.array([0] * 10 + [1, 1])[:, None]
     assert explicitness(sources, sources) == 0.5
+
+
+def test_a_regression_that_does_not_converge_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "qlae.metrics.modularity_explicitness.LogisticRegression", partial(LogisticRegression, max_iter=1)
+    )
+    with pytest.warns(ConvergenceWarning, match="explicitness: 3 of 3 models had not converged"):
+        explicitness(LATENTS, SOURCES)
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0])

@@ -10,6 +10,7 @@ import torch
 
 from qlae.data.base import Factor
 from qlae.data.mpi3d import MPI3D, MPI3DComplex, MPI3DReal, MPI3DRealistic, MPI3DToy
+from qlae.data.prepare import list_datasets
 from qlae.errors import UserError
 
 FINAL = tuple(Factor(f"f{position}", size) for position, size in enumerate((3, 2, 1, 1, 2)))
@@ -62,7 +63,19 @@ def test_the_editions_do_not_share_a_cache(tmp_path: Path) -> None:
     final = write(tmp_path, images=pixels())
     assert len(final.load(root=tmp_path)) == LENGTH
     assert final.state(tmp_path) == "converted"
-    assert final.load(root=tmp_path).fingerprint() != f"mpi3d_toy, {FIRST_LENGTH} images"
+    pair = [kind.cache(tmp_path).path.name for kind in (final, final.of_first_edition())]
+    assert pair == ["mpi3d_toy-64.npy", "mpi3d_toy_first_edition-64.npy"]
+    assert all((tmp_path / "cache" / name).is_file() for name in pair)
+
+
+def test_the_list_shows_the_edition_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = write(tmp_path, images=pixels(FIRST_LENGTH))
+    monkeypatch.setattr("qlae.data.prepare.DATASETS", {"mpi3d_toy": loader})
+    line, factors = list_datasets(tmp_path).splitlines()[1:3]
+    assert line.split()[:4] == ["mpi3d_toy", str(FIRST_LENGTH), "16/32/64", "downloaded"]
+    assert "f0[2], f1[2]" in factors
+    loader.load(root=tmp_path)
+    assert list_datasets(tmp_path).splitlines()[1].split()[3] == "converted"
 
 
 @pytest.mark.parametrize("kind", [MPI3DToy, MPI3DRealistic, MPI3DReal])

@@ -1,5 +1,6 @@
 """`prepare` and the list of sets, with a small set served from 127.0.0.1."""
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -70,6 +71,14 @@ def test_a_file_that_a_person_has_to_fetch_is_named(
     assert str(tmp_path / "small.npz") in str(caught.value)
 
 
+def test_a_bad_file_says_how_to_get_a_good_one(small: type[DSprites], tmp_path: Path) -> None:
+    (tmp_path / "small.npz").write_bytes(b"an error page")
+    with pytest.raises(UserError, match=r"small\.npz cannot be read .*: delete it and run `qlae data prepare NAME`"):
+        prepare("small", tmp_path)
+    (tmp_path / "small.npz").unlink()
+    assert len(prepare("small", tmp_path)) == LENGTH
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no data set 'shapes4d'.*shapes3d"):
         prepare("shapes4d", tmp_path)
@@ -100,6 +109,22 @@ def test_the_commands(
     assert main(["data", "show", "small", "--root", "root"]) == 0
     assert capsys.readouterr().out == "small-factors.png\n"
     assert Path("small-factors.png").is_file()
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_older_one(
+    small: type[DSprites], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(dataset: object, path: Path, *, image: int | None) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    prepare("small", tmp_path)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"older")
+    monkeypatch.setattr("qlae.figures.plot_factors", full)
+    assert main(["data", "show", "small", "--root", str(tmp_path), "--output", str(picture)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert picture.read_bytes() == b"older" and not list(tmp_path.glob("*.new"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qlae.metrics.samples import relabel, split
+from qlae.metrics.samples import relabel, split, values_of
 
 
 @pytest.mark.parametrize("held_out", [0.3, 0.5, 0.99])
@@ -36,3 +36,11 @@ def test_relabel_numbers_values_in_their_order(codes: np.ndarray) -> None:
     assert labels[:, 0].tolist() == expected.tolist()
     assert labels[:, 1].tolist() == [0] * 4
     assert sizes.tolist() == [len(values), 1]
+
+
+@pytest.mark.parametrize("codes", EXTREMES.values(), ids=EXTREMES)
+def test_values_are_exact_differences_from_the_least(codes: np.ndarray) -> None:
+    codes = codes if codes.dtype.kind != "f" else codes.clip(-1e30, None)
+    # Python's integers have no limit.
+    exact = [float(int(code) - int(codes.min())) for code in codes]
+    assert values_of(codes[:, None])[:, 0].tolist() == exact

@@ -112,7 +112,7 @@ def test_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
 
 
 def test_wrong_digest(tmp_path: Path, loader: type[Shapes3D]) -> None:
-    with pytest.raises(UserError, match="download it again"):
+    with pytest.raises(UserError, match="delete it and run `qlae data prepare NAME`"):
         small("0" * 64).load(root=tmp_path)
 
 
