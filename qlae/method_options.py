@@ -19,9 +19,9 @@ OPTIONS: dict[str, Mapping[str, int | float | str]] = {
     },
     "infowgan-gp": GAN,
     "ae": {},
-    "vae": {"beta": 1.0},
-    "tcvae": {"beta": 1.0},
-    "bioae": {"nonnegativity_weight": 1.0, "activity_weight": 0.1},
+    "vae": {"beta": 3.0},
+    "tcvae": {"beta": 3.0},
+    "bioae": {"nonnegativity_weight": 1.0, "activity_weight": 0.01},
     "vqvae": {"levels": 512, "quantization_weight": 1.0, "commitment_weight": 0.25},
     "fsq": {"levels": 10},
 }

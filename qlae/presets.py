@@ -37,14 +37,13 @@ class Preset:
 SMALL_GAN = {"network": "compact-gan", "learning_rate": 5e-4, "latent_weight": 20.0}
 
 # Small images and the compact network on a CPU. QLAE's search is in docs/default-run.md, the GANs' in docs/methods.md;
-# the others have QLAE's budget and what was published for Shapes3D. As beta is divided by the number of an image's
-# elements, and the reconstruction is a mean over them, 0.75 at 32 pixels is what 3 is at 64.
+# the others have QLAE's budget and what was published for Shapes3D.
 DEFAULT = Preset(
     methods={
         "ae": {"weight_decay": 0.0},
-        "vae": {"weight_decay": 0.0, "beta": 0.75},
-        "tcvae": {"weight_decay": 0.0, "beta": 0.75},
-        "bioae": {"weight_decay": 1e-4, "activity_weight": 0.01},
+        "vae": {"weight_decay": 0.0},
+        "tcvae": {"weight_decay": 0.0},
+        "bioae": {"weight_decay": 1e-4},
         "vqvae": {"weight_decay": 0.01},
         "qlinfowgan-gp": SMALL_GAN | {"weight_decay": 1e-3},
         "infowgan-gp": SMALL_GAN | {"weight_decay": 1e-4},
