@@ -13,7 +13,8 @@ from qlae.methods import Method, build_method
 from qlae.methods.base import split_parameters
 
 SHAPE = (3, 4, 4)
-ELEMENTS = 3 * 4 * 4
+# those of the paper's images, whatever the size of the images at hand
+ELEMENTS = 12_288
 IMAGES, LATENTS = 7, 5
 NOISE_SEED = 11
 

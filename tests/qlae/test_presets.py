@@ -71,9 +71,9 @@ def test_what_the_papers_methods_have_in_common(method: str) -> None:
         ("tcvae", "weight_decay", (0.0,) * 5),
         ("bioae", "weight_decay", (1e-4,) * 5),
         ("vqvae", "weight_decay", (0.01,) * 5),
-        ("vae", "beta", (3.0, 0.1, 10.0, 0.3, 1.0)),
-        ("tcvae", "beta", (3.0, 0.3, 3.0, 1.0, 1.0)),
-        ("bioae", "activity_weight", (0.01, 0.01, 0.01, 0.1, 0.1)),
+        ("vae", "beta", (3.0, 0.1, 10.0, 0.3, 3.0)),
+        ("tcvae", "beta", (3.0, 0.3, 3.0, 1.0, 3.0)),
+        ("bioae", "activity_weight", (0.01, 0.01, 0.01, 0.1, 0.01)),
     ],
 )
 def test_what_the_paper_sets_by_method_and_data(method: str, option: str, values: tuple[float, ...]) -> None:
