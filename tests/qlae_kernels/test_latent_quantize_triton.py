@@ -12,9 +12,11 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from latent_quantize_statement import assert_within, gradients, nearest
+from numpy.lib import NumpyVersion
 from torch import Tensor
 
 from qlae_kernels import available_backends, latent_quantize, latent_quantize_triton
@@ -49,6 +51,11 @@ TOO_LONG = (
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton")
 def test_the_tests_of_the_op_pass_in_the_interpreter() -> None:
+    import triton
+
+    # Its loops make numbers of arrays of one element.
+    if NumpyVersion(triton.__version__) < "3.7.0" and NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip(f"the interpreter of triton before 3.7 (here {triton.__version__}) does not work with NumPy 2.4")
     selection = "triton and " + " and ".join(f"not ({words})" for words in TOO_LONG)
     files = ["test_latent_quantize.py", "test_latent_quantize_triton.py"]
     run = subprocess.run(
