@@ -42,7 +42,7 @@ def test_private_names_are_used_in_one_file() -> None:
 def without(name: str, code: str) -> subprocess.CompletedProcess[str]:
     """Run lines of Python in a new process where PyTorch lacks `name` when the package is imported."""
     lines = f"import torch\nfrom torch.utils import _pytree\ndel {name}\nimport qlae_kernels\nprint('imported')\n{code}"
-    return subprocess.run([sys.executable, "-P", "-c", lines], capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run([sys.executable, "-P", "-c", lines], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", ["_are_functorch_transforms_active", "_len_torch_dispatch_stack"])
