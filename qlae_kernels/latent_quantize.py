@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
-from torch.utils._pytree import _register_namedtuple
 
 from qlae_kernels import latent_quantize_reference
 from qlae_kernels.backends import select_backend
@@ -29,6 +26,7 @@ from qlae_kernels.problem import (
     layout_of,
     memory_order,
 )
+from qlae_kernels.torch_internals import are_functorch_transforms_active, dispatch_modes, register_namedtuple
 
 _PLAIN_TENSORS = (Tensor, Parameter)
 
@@ -48,7 +46,7 @@ class LatentQuantizerOutput(NamedTuple):
 
 
 # Lets torch.export save programs that return it.
-_register_namedtuple(LatentQuantizerOutput, serialized_type_name="qlae_kernels.LatentQuantizerOutput")
+register_namedtuple(LatentQuantizerOutput, "qlae_kernels.LatentQuantizerOutput")
 
 
 def latent_quantize(

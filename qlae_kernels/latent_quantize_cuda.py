@@ -10,6 +10,7 @@ from torch import Tensor
 from qlae_kernels.gpu_tensors import counters, levels_on
 from qlae_kernels.latent_quantize_cpu import _native
 from qlae_kernels.problem import INDEX_DTYPES, VALUE_DTYPES, Backward, Forward, Problem
+from qlae_kernels.torch_internals import current_raw_stream
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
@@ -73,8 +74,7 @@ def prepare_with(native: ModuleType, problem: Problem) -> tuple[Forward, Backwar
     forward_counters, backward_counters = launcher.forward_counters, launcher.backward_counters
     bytes_like = torch.empty(0, dtype=torch.uint8, device=device)
     empty_like = torch.empty_like
-    # The number of the stream that torch uses now; `torch.cuda.current_stream` makes an object, which takes longer.
-    stream_of = torch._C._cuda_getCurrentRawStream if device.type == "cuda" else lambda _: 0
+    stream_of = current_raw_stream if device.type == "cuda" else lambda _: 0
 
     def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         quantized = empty_like(z)

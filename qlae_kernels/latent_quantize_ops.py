@@ -16,6 +16,7 @@ from qlae_kernels.latent_quantize_transforms import (
     transformed_latent_quantize,
 )
 from qlae_kernels.problem import as_dense, compute_dtype_of, memory_order
+from qlae_kernels.torch_internals import are_functorch_transforms_active
 
 
 def traced_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def traced_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tup
     check_tensors(z, codebook)
     if torch.onnx.is_in_onnx_export():
         return decomposed_latent_quantize(z, codebook, options)
-    if torch._C._are_functorch_transforms_active():
+    if are_functorch_transforms_active():
         return transformed_latent_quantize(z, codebook, options)
     return latent_quantize_op(z, codebook, *options)
 

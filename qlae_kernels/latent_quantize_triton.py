@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qlae_kernels.gpu_tensors import COUNTERS_PER_LAUNCH, counters, levels_on
 from qlae_kernels.problem import Backward, Forward, Problem
+from qlae_kernels.torch_internals import current_raw_stream
 
 # Triton reads this variable when kernels are defined; its interpreter runs them on the CPU, one program at a time.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -218,7 +219,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return current_raw_stream(device.index) if device.type == "cuda" else 0
 
 
 def _are_aligned(*tensors: Tensor | None) -> bool:
