@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import _register_namedtuple
 
 from qlae_kernels.ranks import summed
+from qlae_kernels.torch_internals import register_namedtuple
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +45,7 @@ class CodeUsage(NamedTuple):
 
 
 # Lets torch.export save programs that return it.
-_register_namedtuple(CodeUsage, serialized_type_name="qlae_kernels.CodeUsage")
+register_namedtuple(CodeUsage, "qlae_kernels.CodeUsage")
 
 
 def count_codes(

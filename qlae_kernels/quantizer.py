@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlae_kernels.backends import check_name
@@ -23,6 +20,7 @@ from qlae_kernels.latent_quantize_reference import values_of
 from qlae_kernels.mask import check_mask
 from qlae_kernels.problem import INDEX_DTYPES
 from qlae_kernels.ranks import from_first, is_sharded, overwrite, rows_of_all, summed, whole
+from qlae_kernels.torch_internals import are_functorch_transforms_active, dispatch_modes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -289,11 +287,10 @@ class FusedLatentQuantizer(nn.Module):
                 WORLD is None until `init_process_group` has been called.
 
         Raises ValueError where a shape is wrong or an index is outside its latent's codes, TypeError where `indices`
-        is no tensor of integers or mask not bool, RuntimeError under torch.vmap.
+        is no tensor of integers or mask not bool. Under torch.vmap PyTorch counts one entry after the other, and takes
+        no mask.
         """
         _check_integers("indices", indices)
-        if is_batchedtensor(indices):
-            raise RuntimeError("usage does not work under torch.vmap; call it outside, on the indices of all entries")
         rows = self._rows(indices, mask).long()
         self._check_range(rows, -1)
         return count_codes(rows, self.levels, group)

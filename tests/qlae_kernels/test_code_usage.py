@@ -129,7 +129,12 @@ def test_what_was_saved_loads_with_weights_only() -> None:
             assert torch.equal(one, other)
 
 
-def test_usage_under_vmap_says_what_to_do() -> None:
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_usage_may_be_vmapped() -> None:
     quantizer = FusedLatentQuantizer(2, [3, 2])
-    with pytest.raises(RuntimeError, match=r"usage.*vmap.*outside"):
-        torch.vmap(quantizer.usage)(torch.zeros(4, 5, 2, dtype=torch.int64))
+    indices = torch.tensor([[[0, 0], [0, 1]], [[2, 1], [2, 1]]])
+    got = torch.vmap(quantizer.usage)(indices)
+    assert isinstance(got, CodeUsage)
+    assert got.counts.tolist() == [[[2, 0, 0], [1, 1, 0]], [[0, 0, 2], [0, 2, 0]]]
+    torch.testing.assert_close(got.perplexity, torch.tensor([[1.0, 2.0], [1.0, 1.0]], dtype=torch.float64))
+    assert got.dead.tolist() == [[[False, True, True], [False] * 3], [[True, True, False], [True, False, False]]]
