@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from qlae_kernels.ranks import summed
+from qlae_kernels.torch_internals import register_namedtuple
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class CodeUsage(NamedTuple):
-    """How often each code was used. `a + b` is the usage of both together, as if counted at once.
+    """How often each code was used. `a + b` is the usage of both together, as if counted at once; `sum` adds many.
 
     counts: int64 [D, K], 0 in the padding of latents with fewer than K codes.
     perplexity: float64 [D], exp of the entropy of each latent's code frequencies: 1 to K; 0 without samples.
@@ -38,12 +39,26 @@ class CodeUsage(NamedTuple):
         counts = self.counts + other.counts
         return CodeUsage(counts, perplexity_of(counts), self.dead & other.dead)
 
+    def __radd__(self, other: int) -> CodeUsage:
+        """0 + usage, with which `sum` starts."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
-def count_codes(indices: Tensor, levels: Sequence[int], group: ProcessGroup | None) -> CodeUsage:
-    """The usage of `indices` (int64 [N, D], each in 0..levels[d] - 1), those of all ranks of `group` together."""
+
+# Lets torch.export save programs that return it.
+register_namedtuple(CodeUsage, "qlae_kernels.CodeUsage")
+
+
+def count_codes(
+    indices: Tensor, levels: Sequence[int], group: ProcessGroup | None, counted: Tensor | None = None
+) -> CodeUsage:
+    """The usage of `indices` (int64 [N, D], each in 0..levels[d] - 1), those of all ranks of `group` together.
+
+    `counted`, bool [N, D], is True where an index counts; None: everywhere.
+    """
     num_latents, most = len(levels), max(levels)
     positions = indices + most * torch.arange(num_latents, device=indices.device)
-    counts = torch.bincount(positions.flatten(), minlength=num_latents * most).view(num_latents, most)
+    positions = positions.flatten() if counted is None else positions[counted]
+    counts = torch.bincount(positions, minlength=num_latents * most).view(num_latents, most)
     counts = summed(counts, group)
     return CodeUsage(counts, perplexity_of(counts), dead_codes(counts, levels))
 

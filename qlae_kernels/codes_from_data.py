@@ -40,20 +40,27 @@ def quantile_codes(rows: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def replace_codes(
-    codes: Tensor, dead: Tensor, rows: Tensor, generator: torch.Generator | None
+    codes: Tensor, used: Tensor, dead: Tensor, rows: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Set the dead codes of each latent to values of that latent, drawn uniformly without replacement.
 
-    codes [D, K], dead bool [D, K], rows [N, D] with NaN for what may not be drawn. Returns the codes and which of
-    them were replaced (bool [D, K]): fewer than dead where a latent has not enough values.
+    codes [D, K], used and dead bool [D, K] (both False in padding), rows [N, D] with NaN for what may not be drawn.
+    A value that equals a used code or one drawn before it is passed over: of equal codes only the first is ever used.
+    Returns the codes and which of them were replaced (bool [D, K]): fewer than dead where a latent has not enough
+    values.
     """
-    candidates = rows.T
-    keys = torch.rand(candidates.shape, generator=generator, device=rows.device)
-    keys = keys.masked_fill(candidates.isnan(), -1)
-    drawn = keys.topk(min(int(dead.sum(1).max()), rows.size(0))).indices
-    # One column of NaN, for the dead codes that are left without a value.
-    values = torch.nn.functional.pad(candidates.gather(1, drawn), (0, 1), value=torch.nan)
-    order = (dead.cumsum(1) - 1).clamp(0, values.size(1) - 1)
-    values = values.gather(1, order)
-    replaced = dead & ~values.isnan()
-    return torch.where(replaced, values.to(codes.dtype), codes), replaced
+    values = rows.T.to(codes.dtype)
+    keys = torch.rand(values.shape, generator=generator, device=rows.device)
+    shuffled = values.gather(1, keys.argsort(1))
+    # Used codes stand first: of equal candidates the first is kept, in the order in which they are drawn.
+    candidates = torch.cat((codes.masked_fill(~used, torch.nan), shuffled), 1)
+    ascending, places = candidates.sort(dim=1, stable=True)
+    taken = torch.nn.functional.pad(ascending[:, 1:] == ascending[:, :-1], (1, 0))
+    taken |= ascending.isnan() | (places < codes.size(1))
+    # Behind the last candidate one NaN, for the dead codes that are left without a value.
+    places = places.masked_fill(taken, candidates.size(1))
+    drawn = places.topk(codes.size(1), largest=False).values
+    drawn = torch.nn.functional.pad(candidates, (0, 1), value=torch.nan).gather(1, drawn)
+    drawn = drawn.gather(1, (dead.cumsum(1) - 1).clamp(min=0))
+    replaced = dead & ~drawn.isnan()
+    return torch.where(replaced, drawn, codes), replaced

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from qlae_kernels.latent_quantize_reference import values_of
 from qlae_kernels.mask import check_mask
 from qlae_kernels.problem import INDEX_DTYPES
 from qlae_kernels.ranks import from_first, is_sharded, overwrite, rows_of_all, summed, whole
+from qlae_kernels.torch_internals import are_functorch_transforms_active, dispatch_modes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,8 +38,8 @@ class FusedLatentQuantizer(nn.Module):
         num_latents: the number of latents D.
         levels: codes per latent: one K for all, or D values.
         channel_dim: the dimension of z that counts the latents: 1 for (B, D) and (B, D, H, W), -1 for (B, N, D).
-        quantization_weight: weight of the loss that moves the codes towards z.
-        commitment_weight: weight of the loss that moves z towards the codes.
+        quantization_weight: weight of the loss that moves the codes towards z; finite, 0 or more.
+        commitment_weight: weight of the loss that moves z towards the codes; finite, 0 or more.
         init_range: first and last of the K evenly spaced initial codes.
         learnable: False keeps the codes fixed, as a buffer.
         shared_codebook: True uses one codebook for all latents (the paper's 'global' ablation); needs one K.
@@ -51,14 +53,16 @@ class FusedLatentQuantizer(nn.Module):
     codebook has the right shape.
 
     Distributed: DDP and FSDP2 (`fully_shard`) average gradients over ranks, so ranks with the same number of elements
-    yield the gradient of the joined batch. Where numbers n_r differ, multiply each rank's loss by
-    n_r * (number of ranks) / sum of n_r, or every rank weighs the same. Under FSDP2 the codebook is whole inside the
-    forward of the module that it was applied to. Elsewhere `encode`, `decode`, `sample` and a call gather it, which
-    takes all ranks, and is refused (RuntimeError) where the codebook would need a gradient.
+    yield the gradient of the joined batch. Where numbers n_r differ, n_r being the elements that a mask leaves,
+    multiply each rank's loss by n_r * (number of ranks) / sum of n_r, or every rank weighs the same. Under FSDP2 the
+    codebook is whole inside the forward of the module that it was applied to. Elsewhere `encode`, `decode`, `sample`
+    and a call gather it, which takes all ranks, and is refused (RuntimeError) where the codebook would need a gradient.
+    So is every other DTensor, such as `distribute_module` makes of parameters.
 
     Raises:
-        ValueError: sizes, levels or `init_range` that make no codebook, or `index_dtype` too small for K.
-        TypeError: `index_dtype` is no index dtype.
+        ValueError: sizes, levels or `init_range` that make no codebook, a weight that is negative or not finite, or
+            `index_dtype` too small for K.
+        TypeError: a weight is no number, or `index_dtype` no index dtype.
     """
 
     codebook: Tensor
@@ -95,8 +99,8 @@ class FusedLatentQuantizer(nn.Module):
         self.num_latents = num_latents
         self.levels = per_latent
         self.channel_dim = channel_dim
-        self.quantization_weight = quantization_weight
-        self.commitment_weight = commitment_weight
+        self.quantization_weight = _checked_weight("quantization_weight", quantization_weight)
+        self.commitment_weight = _checked_weight("commitment_weight", commitment_weight)
         self.init_range = (float(init_range[0]), float(init_range[1]))
         self.learnable = learnable
         self.shared_codebook = shared_codebook
@@ -112,7 +116,10 @@ class FusedLatentQuantizer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set each latent's codes to evenly spaced values over `init_range`, both ends included."""
+        """Set each latent's codes to evenly spaced values over `init_range`, both ends included.
+
+        A sharded codebook takes all its ranks together. Raises no errors of its own.
+        """
         # On the CPU for every device: the same bits everywhere, and a codebook without memory (meta) takes them too.
         codes = torch.zeros(self.codebook.shape, dtype=self.codebook.dtype, device="cpu")
         for row, count in zip(codes, self.levels, strict=False):
@@ -137,7 +144,7 @@ class FusedLatentQuantizer(nn.Module):
 
         Raises:
             ValueError: a latent has no value to go by; z or mask has a wrong shape; or no group for sharded codes.
-            TypeError: z is not of a floating dtype, or mask not bool.
+            TypeError: z is no tensor of a floating dtype, or mask not bool.
         """
         self._check_group(group)
         rows = rows_of_all(self._latent_rows(z, mask), group)
@@ -157,8 +164,9 @@ class FusedLatentQuantizer(nn.Module):
     ) -> int:
         """Set codes that were never used to values of their latent in z; returns how many codes were set.
 
-        The values are drawn uniformly without replacement. A latent with fewer values than dead codes revives that
-        many. A shared code is dead where no latent used it.
+        The values are drawn uniformly without replacement, leaving out those that are codes in use or were drawn
+        already, in the codebook's dtype. A latent with fewer such values than dead codes revives that many. A shared
+        code is dead where no latent used it.
 
         The state of an optimizer stays as it is. The gradient of an unused code is 0, so its momentum has died down;
         Adam's second moment has too, and its first steps on a revived code can be up to
@@ -167,7 +175,7 @@ class FusedLatentQuantizer(nn.Module):
         Args:
             z: latents [..., D, ...] of any floating dtype, on the codebook's device. NaN and values that are infinite
                 in the codebook's dtype are never drawn.
-            usage: what says which codes are dead, such as the usage of many batches; None: that of z.
+            usage: what says which codes are dead, such as the usage of many batches; None: that of the finite z.
             mask: bool of z's shape without `channel_dim`; True where a position counts, for usage and for drawing.
             group: the ranks that call this together, each with its own z and usage: a code is dead that no rank used,
                 values are drawn from the z of all, and all end with the same codes. See `initialize_from`.
@@ -176,7 +184,7 @@ class FusedLatentQuantizer(nn.Module):
         Raises:
             RuntimeError: the codes are fixed (`learnable=False`).
             ValueError: z, mask or usage has a wrong shape, or no group for sharded codes.
-            TypeError: z is not of a floating dtype, or mask not bool.
+            TypeError: z is no tensor of a floating dtype, or mask not bool.
         """
         if not self.learnable:
             raise RuntimeError(
@@ -185,7 +193,9 @@ class FusedLatentQuantizer(nn.Module):
         self._check_group(group)
         rows = self._latent_rows(z, mask)
         if usage is None:
-            usage = self.usage(self.encode(z), mask)
+            # The index of a z that is not finite is 0, which is no use of code 0.
+            finite = self._rows(z, mask).isfinite()
+            usage = count_codes(self._rows(self.encode(z), mask).long(), self.levels, None, finite)
         if usage.counts.shape != (self.num_latents, max(self.levels)):
             raise ValueError(
                 f"usage must be of {self.num_latents} latents and up to {max(self.levels)} codes, as usage() returns "
@@ -196,54 +206,70 @@ class FusedLatentQuantizer(nn.Module):
         if self.shared_codebook:
             rows, counts = rows.reshape(-1, 1), counts.sum(0, keepdim=True)
         dead = dead_codes(counts, self.levels[: counts.size(0)])
-        codes, revived = replace_codes(whole(self.codebook), dead, rows_of_all(rows, group), generator)
+        codes, revived = replace_codes(whole(self.codebook), counts > 0, dead, rows_of_all(rows, group), generator)
         self._set_codes(from_first(codes, group))
         return int(revived.sum())
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
         """Quantize z [..., D, ...]; returns (quantized, indices, loss), see `LatentQuantizerOutput`.
 
-        `mask`, bool of z's shape without `channel_dim`, is True where a position counts; see `latent_quantize`.
+        `mask`, bool of z's shape without `channel_dim`, is True where a position counts; see `latent_quantize`, also
+        for the errors.
         """
         return self._quantize(z, mask)
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """The index of the nearest code for each element of z [..., D, ...], of `index_dtype`; no gradient."""
+        """The index of the nearest code for each element of z [..., D, ...], of `index_dtype`; no gradient.
+
+        It is 0 where z is not finite. Raises what `latent_quantize` raises.
+        """
         return self._quantize(z).indices
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes at `indices` [..., D, ...] (any integer dtype), of the codebook's dtype; differentiable in it.
 
-        Raises ValueError where an index is outside its latent's codes.
+        Raises ValueError for a wrong number of latents and where an index is outside its latent's codes, TypeError
+        where `indices` is no tensor of integers. Where a call is traced (compiled, exported, under torch.func), this
+        method, `pack`, `unpack` and `usage` do not see the values and do not check their range.
         """
         return values_of(self._checked(indices), whole(self.codebook), self.channel_dim)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n latent vectors [n, D] with each latent uniform over its codes; differentiable in the codebook."""
-        counts = torch.tensor(self.levels, device=self.codebook.device)
-        uniform = torch.rand(n, self.num_latents, generator=generator, dtype=torch.float64, device=self.codebook.device)
+        """n latent vectors [n, D] with each latent uniform over its codes; differentiable in the codebook.
+
+        `generator` is on the codebook's device; None: PyTorch's own. Raises RuntimeError for n < 0 and for a sharded
+        codebook that would need a gradient.
+        """
+        codebook = whole(self.codebook)
+        counts = _along(-1, self.levels, codebook)
+        # With the keyword, even of None, PyTorch cannot trace a dynamic n.
+        draw = {} if generator is None else {"generator": generator}
+        uniform = torch.rand(n, self.num_latents, dtype=torch.float64, device=codebook.device, **draw)
         # The product can round up to the count itself.
         indices = (uniform * counts).long().minimum(counts - 1)
-        return values_of(indices, whole(self.codebook), 1)
+        return values_of(indices, codebook, 1)
 
     def pack(self, indices: Tensor) -> Tensor:
         """One int64 per latent vector: the mixed-radix number whose digits are `indices`, the first latent lowest.
 
         indices [..., D, ...] of any integer dtype; returns int64 without the dimension `channel_dim`. Raises
-        ValueError where the product of levels passes 2**63 - 1, or an index is outside its latent's codes.
+        ValueError where the product of levels passes 2**63 - 1, and what `decode` raises.
         """
         indices = self._checked(indices)
         return (indices * _along(self.channel_dim, self._radices(), indices)).sum(self.channel_dim)
 
     def unpack(self, codes: Tensor) -> Tensor:
-        """The inverse of `pack`: int64 codes [...] to indices [..., D, ...] of `index_dtype`.
+        """The inverse of `pack`: codes [...] (any integer dtype) to indices [..., D, ...] of `index_dtype`.
 
-        Raises ValueError where a code is outside 0..product of levels - 1.
+        Raises ValueError where a code is outside 0..product of levels - 1 or that product passes 2**63 - 1, TypeError
+        where `codes` is no tensor of integers.
         """
         radices = self._radices()
-        if not torch.compiler.is_compiling() and ((codes < 0) | (codes >= math.prod(self.levels))).any():
-            raise ValueError(f"codes must be in 0..{math.prod(self.levels) - 1}")
+        _check_integers("codes", codes)
+        low, high = _range_of(codes)
+        if low < 0 or high >= math.prod(self.levels):
+            raise ValueError(f"codes must be in 0..{math.prod(self.levels) - 1}; got values from {low} to {high}")
         channel_dim = self.channel_dim % (codes.dim() + 1)
         codes = codes.long().unsqueeze(channel_dim)
         digits = codes.div(_along(channel_dim, radices, codes), rounding_mode="floor")
@@ -257,11 +283,14 @@ class FusedLatentQuantizer(nn.Module):
             mask: bool of the shape of `indices` without `channel_dim`; True where a position counts. Indices elsewhere
                 may be anything. None: everywhere.
             group: the ranks that call this together, each with its own indices: all get the usage of all, for one
-                all_reduce of the counts. torch.distributed.group.WORLD is all ranks; None is this process alone.
+                all_reduce of the counts. torch.distributed.group.WORLD is all ranks; None is this process alone, and
+                WORLD is None until `init_process_group` has been called.
 
-        Raises ValueError where a shape is wrong or an index is outside its latent's codes, TypeError for a wrong dtype.
+        Raises ValueError where a shape is wrong or an index is outside its latent's codes, TypeError where `indices`
+        is no tensor of integers or mask not bool. Under torch.vmap PyTorch counts one entry after the other, and takes
+        no mask.
         """
-        _check_index_dtype_of(indices)
+        _check_integers("indices", indices)
         rows = self._rows(indices, mask).long()
         self._check_range(rows, -1)
         return count_codes(rows, self.levels, group)
@@ -278,16 +307,15 @@ class FusedLatentQuantizer(nn.Module):
         return (
             f"{self.num_latents}, levels={_brief(self.levels)}, channel_dim={self.channel_dim}, "
             f"quantization_weight={self.quantization_weight}, commitment_weight={self.commitment_weight}, "
-            f"learnable={self.learnable}, shared_codebook={self.shared_codebook}, backend={self.backend!r}"
+            f"init_range={self.init_range}, learnable={self.learnable}, shared_codebook={self.shared_codebook}, "
+            f"index_dtype={self.index_dtype}, backend={self.backend!r}"
         )
 
     def _quantize(self, z: Tensor, mask: Tensor | None = None) -> LatentQuantizerOutput:
-        codebook = whole(self.codebook)
-        if self.shared_codebook or codebook.size(0) == 1:
-            self._check_channels(z)
+        self._check_channels(z)
         return latent_quantize(
             z,
-            codebook,
+            whole(self.codebook),
             levels=self._ragged_levels,
             channel_dim=self.channel_dim,
             quantization_weight=self.quantization_weight,
@@ -298,25 +326,31 @@ class FusedLatentQuantizer(nn.Module):
         )
 
     def _check_channels(self, value: Tensor) -> None:
-        dims = value.dim()
-        if not -dims <= self.channel_dim < dims or value.size(self.channel_dim) != self.num_latents:
-            raise ValueError(
-                f"expected {self.num_latents} latents at dimension {self.channel_dim}; got shape {tuple(value.shape)}"
-            )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"z must be a torch.Tensor; got {type(value).__name__}")
+        shape, dim = value.shape, self.channel_dim
+        if -len(shape) <= dim < len(shape) and shape[dim] == self.num_latents:
+            return
+        last = "" if dim == -1 else "; channel_dim=-1, at construction, is for latents in the last dimension"
+        raise ValueError(
+            f"expected {self.num_latents} latents at dimension {dim} (channel_dim); got shape {tuple(shape)}{last}"
+        )
 
     def _checked(self, indices: Tensor) -> Tensor:
-        """The indices as int64, their dtype, shape and range checked; a traced call cannot look at the range."""
-        _check_index_dtype_of(indices)
+        """The indices as int64, their dtype, shape and range checked."""
+        _check_integers("indices", indices)
         self._check_channels(indices)
-        indices = indices.long()
         self._check_range(indices, self.channel_dim)
-        return indices
+        return indices.long()
 
     def _check_range(self, indices: Tensor, channel_dim: int) -> None:
-        if torch.compiler.is_compiling():
+        low, high = _range_of(indices)
+        if low >= 0 and high < min(self.levels):
             return
-        if ((indices < 0) | (indices >= _along(channel_dim, self.levels, indices))).any():
-            raise ValueError(f"indices must be in 0..levels - 1 with levels {_brief(self.levels)}")
+        if low < 0 or high >= max(self.levels) or (indices >= _along(channel_dim, self.levels, indices)).any():
+            raise ValueError(
+                f"indices must be in 0..levels - 1 with levels {_brief(self.levels)}; got values from {low} to {high}"
+            )
 
     def _check_group(self, group: ProcessGroup | None) -> None:
         if group is None and is_sharded(self.codebook):
@@ -336,8 +370,9 @@ class FusedLatentQuantizer(nn.Module):
 
     def _latent_rows(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The values of z that codes may take, [N, D] with NaN in place of others."""
-        if not z.is_floating_point():
-            raise TypeError(f"z must be of a floating dtype; got {z.dtype}")
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            given = z.dtype if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(f"z must be a tensor of a floating dtype; got {given}")
         return usable(self._rows(z, mask), self.codebook.dtype)
 
     def _set_codes(self, codes: Tensor) -> None:
@@ -371,13 +406,16 @@ class FusedLatentQuantizer(nn.Module):
 
     def _misfit(self, codebook: Tensor | None, levels: Tensor | None) -> str | None:
         """Why a saved codebook and its levels do not fit this module; None if they do."""
-        saved_shape = self.codebook.shape if codebook is None else codebook.shape
         saved_levels = None if levels is None or levels.is_meta else tuple(levels.tolist())
-        if saved_levels in (None, self.levels) and saved_shape == self.codebook.shape:
+        same_shape = codebook is None or codebook.shape == self.codebook.shape
+        if same_shape and saved_levels in (None, self.levels):
             return None
-        saved = "" if saved_levels is None else f", num_latents={len(saved_levels)}, levels={_brief(saved_levels)}"
+        # A state that holds no codebook, such as one of a parametrization, tells by its levels alone.
+        saved = [] if codebook is None else [f"shape {tuple(codebook.shape)}"]
+        if saved_levels is not None:
+            saved.append(f"num_latents={len(saved_levels)}, levels={_brief(saved_levels)}")
         return (
-            f"the state to load is of shape {tuple(saved_shape)}{saved}; this quantizer is of shape "
+            f"the state to load is of {', '.join(saved)}; this quantizer is of shape "
             f"{tuple(self.codebook.shape)}, num_latents={self.num_latents}, levels={_brief(self.levels)}, "
             f"shared_codebook={self.shared_codebook}. Build it with the arguments that the state was made with, or "
             "leave its codebook out of what you load"
@@ -391,16 +429,48 @@ class FusedLatentQuantizer(nn.Module):
         return [math.prod(self.levels[:latent]) for latent in range(self.num_latents)]
 
 
+def _checked_weight(name: str, weight: float) -> float:
+    if not isinstance(weight, SupportsFloat):
+        raise TypeError(f"{name} must be a number; got {weight!r}")
+    if not 0 <= float(weight) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0; got {weight}")
+    return float(weight)
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in INDEX_DTYPES:
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of uint8, int16, int32 or int64; got {given}")
+
+
+def _is_traced(value: Tensor) -> bool:
+    """Whether a call on `value` is traced or transformed, or has no memory: its values cannot be looked at."""
+    return torch.compiler.is_compiling() or value.is_meta or are_functorch_transforms_active() or dispatch_modes() > 0
+
+
+def _range_of(values: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of whole numbers; 0 and 0 where there are none, or none to be looked at."""
+    if _is_traced(values) or values.numel() == 0:
+        return 0, 0
+    low, high = torch.aminmax(values)
+    return int(low), int(high)
+
+
 def _along(channel_dim: int, values: Sequence[int], like: Tensor) -> Tensor:
     """Whole numbers, one per latent, in a shape that broadcasts with `like`."""
+    # What is made under a tracer is the tracer's, and is not to be kept.
+    make = _whole_numbers if _is_traced(like) else _kept_whole_numbers
     shape = [1] * like.dim()
     shape[channel_dim] = len(values)
-    return torch.tensor(values, device=like.device).view(shape)
+    return make(tuple(values), like.device).view(shape)
 
 
-def _check_index_dtype_of(indices: Tensor) -> None:
-    if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(f"indices must be uint8, int16, int32 or int64; got {indices.dtype}")
+def _whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+# Making a tensor of a few numbers takes longer than decoding a small batch.
+_kept_whole_numbers = lru_cache(maxsize=256)(_whole_numbers)
 
 
 def _brief(levels: Sequence[int]) -> int | list[int]:

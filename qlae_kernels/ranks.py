@@ -41,7 +41,7 @@ def from_first(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def is_sharded(codebook: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes of parameters, of which each rank holds a part."""
+    """Whether it is a DTensor, as FSDP2 and `distribute_module` make of parameters, spread over ranks."""
     # By what it can do: importing torch.distributed.tensor takes longer than all of this package.
     return hasattr(codebook, "full_tensor")
 
@@ -58,7 +58,8 @@ def whole(codebook: Tensor) -> Tensor:
             "the codebook is sharded (a DTensor, as FSDP2 keeps parameters) and gets gradients only inside the forward "
             "of a module that fully_shard was applied to. Call this inside that forward; or under torch.no_grad(), on "
             "all ranks together; or apply fully_shard to the quantizer itself, and for a method other than forward "
-            "torch.distributed.fsdp.register_fsdp_forward_method(quantizer, NAME)"
+            "torch.distributed.fsdp.register_fsdp_forward_method(quantizer, NAME). Where distribute_module or a plan "
+            "of tensor parallelism made the DTensor, leave the quantizer out of it: such codebooks get no gradients"
         )
     return codebook.full_tensor()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -77,5 +79,62 @@ def test_the_sum_of_usages_is_the_usage_of_all_batches() -> None:
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(1, 3\)"):
         first + FusedLatentQuantizer(1, 3).usage(torch.zeros(1, 1, dtype=torch.int64))
-    with pytest.raises(TypeError):
-        first + 1
+    for other in (1, 0.5, "a"):
+        with pytest.raises(TypeError):
+            first + other
+        with pytest.raises(TypeError):
+            other + first
+
+
+def test_sum_adds_the_usages_of_batches() -> None:
+    quantizer = FusedLatentQuantizer(2, [3, 2])
+    batches = torch.tensor([[[0, 0], [0, 0]], [[1, 0], [0, 1]], [[1, 1], [1, 1]]])
+    total = sum(quantizer.usage(batch) for batch in batches)
+    assert isinstance(total, CodeUsage)
+    assert total.counts.tolist() == [[3, 3, 0], [3, 3, 0]]
+    assert total.dead.tolist() == [[False, False, True], [False, False, False]]
+
+
+class Usage(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer = FusedLatentQuantizer(2, [3, 2])
+
+    def forward(self, indices: torch.Tensor) -> CodeUsage:
+        return self.quantizer.usage(indices)
+
+
+def test_a_saved_program_may_return_a_usage() -> None:
+    indices = torch.tensor([[0, 0], [0, 1], [1, 1]])
+    program = torch.export.export(Usage(), (indices,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    got = torch.export.load(file).module()(torch.cat([indices, indices]))
+    assert isinstance(got, CodeUsage)
+    assert got.counts.tolist() == [[4, 2, 0], [2, 4, 0]]
+
+
+def test_what_was_saved_loads_with_weights_only() -> None:
+    quantizer = FusedLatentQuantizer(2, [3, 2])
+    output = quantizer(torch.randn(5, 2))
+    output = type(output)(*(each.detach() for each in output))
+    for value in (output, quantizer.usage(output.indices)):
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert type(loaded) is type(value)
+        for one, other in zip(loaded, value, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_usage_may_be_vmapped() -> None:
+    quantizer = FusedLatentQuantizer(2, [3, 2])
+    indices = torch.tensor([[[0, 0], [0, 1]], [[2, 1], [2, 1]]])
+    got = torch.vmap(quantizer.usage)(indices)
+    assert isinstance(got, CodeUsage)
+    assert got.counts.tolist() == [[[2, 0, 0], [1, 1, 0]], [[0, 0, 2], [0, 2, 0]]]
+    torch.testing.assert_close(got.perplexity, torch.tensor([[1.0, 2.0], [1.0, 1.0]], dtype=torch.float64))
+    assert got.dead.tolist() == [[[False, True, True], [False] * 3], [[True, True, False], [True, False, False]]]

@@ -110,6 +110,8 @@ def test_wrong_latents_are_errors(method: str) -> None:
         call(latents(5, 2))
     with pytest.raises(TypeError, match="int64"):
         call(torch.zeros(5, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="list"):
+        call([[0.0] * 3])
     with pytest.raises(ValueError, match=r"mask.*\(5,\).*\(5, 3\)"):
         call(latents(5, 3), mask=torch.ones(5, 3, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"mask.*float32"):
@@ -168,16 +170,71 @@ def test_nothing_that_is_masked_or_not_finite_is_drawn() -> None:
     quantizer = FusedLatentQuantizer(2, 4, init_range=(0.0, 3.0), dtype=torch.float16)
     # [B, D, L]. float16 holds no 1e6; latent 1 has nothing to draw.
     z = torch.tensor(
-        [[[0.0, torch.nan, 5.0, torch.inf], [torch.nan] * 4], [[1e6, 6.0, 7.0, -torch.inf], [torch.inf] * 4]]
+        [[[0.5, torch.nan, 5.0, torch.inf], [torch.nan] * 4], [[1e6, 6.0, 7.0, -torch.inf], [torch.inf] * 4]]
     )
     mask = torch.tensor([[True, True, False, True], [True, True, False, True]])
     used = quantizer.usage(torch.zeros(1, 2, dtype=torch.int64))
     # Three are dead, and two values may be drawn.
     assert quantizer.revive_dead_codes(z, used, mask) == 2
     assert quantizer.codebook[0, 0] == 0
-    assert sorted(quantizer.codebook[0, 1:3].tolist()) == [0.0, 6.0]
+    assert sorted(quantizer.codebook[0, 1:3].tolist()) == [0.5, 6.0]
     assert quantizer.codebook[0, 3] == 3
     assert quantizer.codebook[1].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("masked", [True, False])
+def test_latents_that_are_not_finite_use_no_code(bad: float, masked: bool) -> None:
+    quantizer = FusedLatentQuantizer(2, 3, channel_dim=-1)
+    # Latent 0 uses code 2 alone, latent 1 code 0 alone; the index of what is not finite is 0.
+    z = torch.tensor([[[bad, -0.6], [0.6, bad]], [[0.7, -0.7], [0.8, -0.8]]])
+    mask = torch.tensor([[True, True], [False, True]]) if masked else None
+    assert quantizer.revive_dead_codes(z, mask=mask) == 4
+    codes = quantizer.codebook.detach()
+    assert codes[0, 2] == 0.5 and codes[1, 0] == -0.5
+    assert set(codes[0, :2].tolist()) <= set(z[..., 0].flatten().tolist()) | {0.0}
+
+
+def test_equal_values_revive_one_code() -> None:
+    quantizer = FusedLatentQuantizer(1, 4)
+    z = torch.full((3, 1), 9.0)
+    # All use code 3; codes 1 and 2 would never be used beside a code 0 of 9.
+    assert quantizer.revive_dead_codes(z) == 1
+    assert quantizer.codebook[0, 0] == 9
+    assert quantizer.codebook[0, 3] == 0.5
+    before = quantizer.codebook.detach().clone()
+    assert quantizer.revive_dead_codes(z) == 0
+    assert torch.equal(quantizer.codebook, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_revived_code_is_in_use(dtype: torch.dtype) -> None:
+    # Many equal values, some of which are codes, in an order of their own for each latent.
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(-8, 8, (40, 3), generator=generator).to(dtype) / 4
+    quantizer = FusedLatentQuantizer(3, [30, 20, 5], dtype=dtype)
+    for _ in range(3):
+        dead = quantizer.usage(quantizer.encode(z)).dead
+        before = quantizer.codebook.detach().clone()
+        revived = quantizer.revive_dead_codes(z, generator=generator)
+        changed = quantizer.codebook.detach() != before
+        assert changed.sum() == revived
+        assert not (changed & ~dead).any()
+        assert not (quantizer.usage(quantizer.encode(z)).dead & changed).any()
+    # 16 values at most are different in a latent: there is nothing more to revive.
+    assert revived == 0
+
+
+def test_a_frequent_value_is_drawn_more_often() -> None:
+    z = torch.tensor([9.0] * 3 + [7.0]).unsqueeze(1)
+    used = FusedLatentQuantizer(1, 2).usage(torch.tensor([[0]]))
+    drawn = []
+    for seed in range(400):
+        quantizer = FusedLatentQuantizer(1, 2)
+        assert quantizer.revive_dead_codes(z, used, generator=torch.Generator().manual_seed(seed)) == 1
+        drawn.append(quantizer.codebook[0, 1].item())
+    # 300 of 400 times with a standard deviation of 9.
+    assert abs(drawn.count(9.0) - 300) < 45
 
 
 def test_a_shared_code_is_dead_where_no_latent_uses_it() -> None:

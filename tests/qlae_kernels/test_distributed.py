@@ -76,6 +76,18 @@ def test_ddp_with_uneven_batches_weighs_ranks_alike_unless_the_loss_is_scaled(re
         assert_all_close(scaled, joined)
 
 
+def test_ddp_with_masks_weighs_ranks_by_the_elements_that_count(results_of) -> None:
+    from two_ranks import LEVELS, sequences_and_mask
+
+    z, mask = sequences_and_mask()
+    quantizer = FusedLatentQuantizer(3, LEVELS, channel_dim=-1, backend="reference")
+    # The elements that count, alone.
+    quantizer(z[mask]).loss.backward()
+    assert quantizer.codebook.grad.abs().max() > 1e-4
+    for got in results_of("ddp_masks"):
+        torch.testing.assert_close(got, quantizer.codebook.grad, rtol=1e-5, atol=1e-8)
+
+
 def test_join_carries_ddp_through_uneven_numbers_of_batches(results_of) -> None:
     from two_ranks import Model, images, parameters
 
@@ -167,6 +179,17 @@ def test_fsdp_outside_forward_gathers_codes_and_refuses_gradients(results_of) ->
             assert "sharded" in text
             assert "register_fsdp_forward_method" in text
             assert "no_grad" in text
+
+
+def test_a_codebook_of_distribute_module_is_gathered_and_gets_no_gradient(results_of) -> None:
+    from two_ranks import LEVELS, images
+
+    for got in results_of("distributed_module"):
+        assert torch.equal(got["indices"], FusedLatentQuantizer(3, LEVELS).encode(images(7)[:, :3]))
+        kind, text = got["refusal"]
+        assert kind == "RuntimeError"
+        assert "distribute_module" in text
+        assert "leave the quantizer out" in text
 
 
 def test_fsdp_in_bfloat16_keeps_the_codes_of_a_quantizer_that_is_sharded_apart(results_of) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_device import device_of
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from qlae_kernels import (
     FusedLatentQuantizer,
@@ -298,6 +300,20 @@ def test_a_parametrized_codebook_serves_learns_and_is_set() -> None:
     assert stored.tolist() == [[4.5, 0.25]]
 
 
+def test_a_state_of_a_parametrized_codebook_of_other_levels_names_the_levels_alone() -> None:
+    source, target = FusedLatentQuantizer(3, 5), FusedLatentQuantizer(3, 6)
+    for quantizer in (source, target):
+        nn.utils.parametrize.register_parametrization(quantizer, "codebook", Doubled())
+    with pytest.raises(RuntimeError) as caught:
+        target.load_state_dict(source.state_dict())
+    assert "the state to load is of num_latents=3, levels=5; this quantizer is of shape (3, 6)" in str(caught.value)
+    target = copy.deepcopy(source)
+    with torch.no_grad():
+        target.parametrizations.codebook.original.zero_()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.codebook, source.codebook)
+
+
 def test_reset_parameters_starts_again() -> None:
     quantizer = FusedLatentQuantizer(3, [4, 2, 3])
     before = quantizer.codebook.detach().clone()
@@ -314,6 +330,9 @@ def test_repr_tells_quantizers_apart() -> None:
         assert part in text
     text = repr(FusedLatentQuantizer(2, 7, shared_codebook=True, backend="reference"))
     for part in ("levels=7", "shared_codebook=True", "'reference'"):
+        assert part in text
+    text = repr(FusedLatentQuantizer(2, 7, init_range=(-1, 2), index_dtype=torch.uint8))
+    for part in ("init_range=(-1.0, 2.0)", "index_dtype=torch.uint8"):
         assert part in text
 
 
@@ -367,6 +386,29 @@ def test_a_wrong_number_of_latents_is_an_error(method: str, shared: bool) -> Non
         getattr(quantizer, method)(value[0, :1].expand(3))
 
 
+def test_latents_in_the_last_dimension_are_told_of_channel_dim() -> None:
+    for shared in (False, True):
+        quantizer = FusedLatentQuantizer(12, shared_codebook=shared)
+        with pytest.raises(ValueError, match=r"12 latents at dimension 1.*\(2, 196, 12\).*channel_dim=-1"):
+            quantizer(torch.zeros(2, 196, 12))
+    with pytest.raises(ValueError, match=r"12 latents at dimension -1 \(channel_dim\); got shape \(2, 12, 4\)$"):
+        FusedLatentQuantizer(12, channel_dim=-1)(torch.zeros(2, 12, 4))
+
+
+@pytest.mark.parametrize("given", [[[0, 1]], np.array([[0, 1]]), torch.zeros(1, 2), torch.zeros(1, 2).bool()], ids=repr)
+@pytest.mark.parametrize("method", ["decode", "pack", "unpack", "usage"])
+def test_what_is_no_tensor_of_integers_is_refused(method: str, given: object) -> None:
+    kind = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+    with pytest.raises(TypeError, match=rf"uint8, int16, int32 or int64; got {kind}"):
+        getattr(FusedLatentQuantizer(2, 3), method)(given)
+
+
+@pytest.mark.parametrize("method", ["forward", "encode"])
+def test_latents_that_are_no_tensor_are_refused(method: str) -> None:
+    with pytest.raises(TypeError, match=r"z must be a torch.Tensor; got list"):
+        getattr(FusedLatentQuantizer(2, 3), method)([[0.0, 1.0]])
+
+
 def test_a_quantizer_of_one_latent_refuses_more() -> None:
     with pytest.raises(ValueError, match=r"1 latents.*\(5, 2\)"):
         FusedLatentQuantizer(1, 4)(torch.zeros(5, 2))
@@ -408,6 +450,93 @@ def test_sample_is_differentiable_in_the_codebook() -> None:
         values.sum().backward()
         counts = torch.stack([(values.detach() == code).sum(0) for code in torch.linspace(-0.5, 0.5, 5)], 1).float()
         assert torch.equal(quantizer.codebook.grad, counts.sum(0, keepdim=True) if shared else counts)
+
+
+class Sample(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer = FusedLatentQuantizer(3, [4, 2, 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer.sample(x.size(0))
+
+
+def test_a_traced_sample_takes_a_dynamic_number() -> None:
+    module = Sample()
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(module, (torch.zeros(7, 1),), dynamic_shapes=dynamic).module()
+    for call in (compiled, exported):
+        for n in (5, 300):
+            values = call(torch.zeros(n, 1)).detach()
+            assert values.shape == (n, 3)
+            for latent, count in enumerate((4, 2, 1)):
+                codes = set(module.quantizer.codebook[latent, :count].tolist())
+                # The rarest of 4 codes is missing in 300 draws with a probability of 4 * 0.75**300.
+                assert set(values[:, latent].tolist()) <= codes
+                assert n < 300 or set(values[:, latent].tolist()) == codes
+
+
+# Each method with an argument for a quantizer of levels [5, 4, 3], and a batch of two of them.
+METHODS = {
+    "decode": torch.tensor([[[4, 3, 2], [0, 0, 0]], [[1, 2, 1], [3, 0, 2]]]),
+    "pack": torch.tensor([[[4, 3, 2], [0, 0, 0]], [[1, 2, 1], [3, 0, 2]]], dtype=torch.int32),
+    "unpack": torch.tensor([[59, 0], [7, 31]]),
+}
+
+
+def method_of(quantizer: FusedLatentQuantizer, name: str) -> Callable[[Tensor], Tensor]:
+    return getattr(quantizer, name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_indices_may_be_vmapped(name: str) -> None:
+    method = method_of(FusedLatentQuantizer(3, [5, 4, 3]), name)
+    got = torch.vmap(method)(METHODS[name])
+    assert torch.equal(got, torch.stack([method(each) for each in METHODS[name]]))
+
+
+def test_codebooks_may_be_vmapped_over_indices() -> None:
+    quantizer = FusedLatentQuantizer(2, 3)
+    codebooks = torch.arange(12.0).view(2, 2, 3)
+
+    def decode(codebook: Tensor) -> Tensor:
+        return torch.func.functional_call(Decode(quantizer), {"quantizer.codebook": codebook}, torch.tensor([[2, 0]]))
+
+    assert torch.vmap(decode)(codebooks).tolist() == [[[2.0, 3.0]], [[8.0, 9.0]]]
+
+
+class Decode(nn.Module):
+    def __init__(self, quantizer: FusedLatentQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.quantizer.decode(indices)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_have_shapes_without_memory(name: str) -> None:
+    argument = METHODS[name][0]
+    want = method_of(FusedLatentQuantizer(3, [5, 4, 3]), name)(argument)
+    got = method_of(FusedLatentQuantizer(3, [5, 4, 3], device="meta"), name)(argument.to("meta"))
+    assert got.is_meta
+    with FakeTensorMode() as mode:
+        fake = method_of(FusedLatentQuantizer(3, [5, 4, 3]), name)(mode.from_tensor(argument))
+    for other in (got, fake):
+        assert (other.shape, other.dtype) == (want.shape, want.dtype)
+    # Nothing of the fakes was kept.
+    assert torch.equal(method_of(FusedLatentQuantizer(3, [5, 4, 3]), name)(argument), want)
+
+
+def test_what_inference_mode_made_serves_outside_of_it() -> None:
+    quantizer = FusedLatentQuantizer(2, [7, 11])
+    with torch.inference_mode():
+        codes = quantizer.pack(torch.tensor([[6, 10], [1, 2]]))
+    assert quantizer.unpack(codes).tolist() == [[6, 10], [1, 2]]
+    quantizer.decode(quantizer.unpack(codes.clone())).sum().backward()
+    assert quantizer.codebook.grad.sum() == 4
 
 
 def test_pack_is_a_mixed_radix_number_with_the_first_latent_lowest() -> None:
@@ -462,7 +591,7 @@ def test_pack_refuses_products_that_int64_cannot_hold() -> None:
     quantizer = FusedLatentQuantizer(63, 2)
     for call in (
         lambda: quantizer.pack(torch.zeros(1, 63, dtype=torch.int64)),
-        lambda: quantizer.unpack(torch.zeros(1)),
+        lambda: quantizer.unpack(torch.zeros(1, dtype=torch.int64)),
     ):
         with pytest.raises(ValueError, match=rf"{2**63}.*2\*\*63 - 1"):
             call()
@@ -522,6 +651,11 @@ def test_the_loss_trains_an_encoder_towards_its_codes() -> None:
         ({"init_range": (0.0, 1.0, 2.0)}, ValueError, ["init_range", "(0.0, 1.0, 2.0)"]),
         ({"levels": 257, "index_dtype": torch.uint8}, ValueError, ["uint8", "255", "257"]),
         ({"levels": [2, 40_000, 2], "index_dtype": torch.int16}, ValueError, ["int16", "32767", "40000"]),
+        ({"quantization_weight": "0.1"}, TypeError, ["quantization_weight", "'0.1'"]),
+        ({"commitment_weight": None}, TypeError, ["commitment_weight", "None"]),
+        ({"quantization_weight": math.nan}, ValueError, ["quantization_weight", "nan"]),
+        ({"commitment_weight": math.inf}, ValueError, ["commitment_weight", "inf"]),
+        ({"commitment_weight": -1}, ValueError, ["commitment_weight", "-1"]),
         ({"index_dtype": torch.float32}, TypeError, ["index_dtype", "float32"]),
         ({"backend": "gpu"}, ValueError, ["backend", "'gpu'", "reference"]),
     ],

@@ -24,7 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 from qlae_kernels import FusedLatentQuantizer, available_backends
@@ -97,6 +99,23 @@ def ddp_uneven_batches(rank: int, folder: Path) -> list[dict[str, Tensor]]:
         (weight * model(own)).backward()
         results.append(gradients(model))
     return results
+
+
+def ddp_masks(rank: int, folder: Path) -> Tensor:
+    """The codebook's gradient with 3 sequences of 4 positions on each rank, of which 10 and 5 count."""
+    quantizer = FusedLatentQuantizer(3, LEVELS, channel_dim=-1)
+    model = DistributedDataParallel(quantizer)
+    z, mask = (each.chunk(RANKS)[rank] for each in sequences_and_mask())
+    loss = model(z, mask).loss
+    # The latents are as many at every position: positions that count weigh as elements do.
+    (loss * mask.sum() * RANKS / 15).backward()
+    return quantizer.codebook.grad.clone()
+
+
+def sequences_and_mask() -> tuple[Tensor, Tensor]:
+    z = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([4, 4, 2, 3, 1, 1])
+    return z, torch.arange(4) < counts.unsqueeze(1)
 
 
 def ddp_uneven_steps(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -192,6 +211,15 @@ def fsdp_outside_forward(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def distributed_module(rank: int, folder: Path) -> dict[str, Any]:
+    """A quantizer whose codebook `distribute_module` made a DTensor of, with no gradients and with them."""
+    quantizer = distribute_module(FusedLatentQuantizer(3, LEVELS), init_device_mesh("cpu", (RANKS,)))
+    z = images(7)[:, :3]
+    with torch.no_grad():
+        indices = quantizer(z).indices
+    return {"indices": indices, "refusal": refusal(lambda: quantizer(z))}
+
+
 def fsdp_mixed_precision(rank: int, folder: Path) -> list[tuple[torch.dtype, torch.dtype, torch.dtype]]:
     """Dtypes of z, of the codes in forward and of their gradient in bfloat16; then with a quantizer that is apart."""
     results = []
@@ -272,12 +300,14 @@ SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
     for each in (
         ddp_equal_batches,
         ddp_uneven_batches,
+        ddp_masks,
         ddp_uneven_steps,
         usage,
         initialization,
         revival,
         fsdp_training,
         fsdp_outside_forward,
+        distributed_module,
         fsdp_mixed_precision,
         fsdp_registered_method,
         fsdp_codes,
