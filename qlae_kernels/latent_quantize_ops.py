@@ -30,7 +30,7 @@ _OPTIONS = (
     "int[]? levels, int channel_dim, float quantization_weight, float commitment_weight, ScalarType index_dtype, "
     "bool return_indices, str backend"
 )
-# `torch.library.custom_op` would make them from the functions' signatures, and each call twice as long.
+# `torch.library.custom_op` would make them from signatures that list the options again, and its calls take longer.
 _LIBRARY = torch.library.Library("qlae", "FRAGMENT")
 _LIBRARY.define(
     f"latent_quantize(Tensor z, Tensor codebook, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
