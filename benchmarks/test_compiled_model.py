@@ -1,5 +1,6 @@
-"""A compiled QLAE's forward and backward pass, with the fused quantizer and with the plain lines compiled in."""
+"""A compiled model's forward and backward pass, with the fused quantizer and with the plain lines compiled in."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,23 +13,33 @@ from torch.nn import functional
 
 from qlae.config import TrainConfig
 from qlae.methods import build_method
-from qlae_kernels import latent_quantize
+from qlae_kernels import FusedLatentQuantizer, latent_quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Quantize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 CONTENDERS: dict[str, Quantize] = {"fused": latent_quantize, "plain": plain_latent_quantize}
-SIZES = [("compact", 16, 128), ("compact", 32, 128), ("compact", 16, 1024)]
+# Network, size of the images, batch. `linear` takes patches of an image for samples: many latents, little else.
+SIZES = [("compact", 16, 128), ("compact", 32, 128), ("compact", 16, 1024), ("linear", 4, 65_536)]
+
+
+def networks(network: str, size: int) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder between images [batch, 3, size, size] and 12 latents: those of a QLAE, or one layer each."""
+    if network == "linear":
+        shape = (3, size, size)
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 12))
+        return encoder, nn.Sequential(nn.Linear(12, math.prod(shape)), nn.Unflatten(1, shape))
+    method = build_method(TrainConfig(network=network, num_latents=12), (3, size, size))
+    return method.encoder, method.decoder
 
 
 class Model(nn.Module):
-    """The networks of a QLAE around `quantize`; returns indices and the objective."""
+    """Networks around `quantize`; returns indices and the objective."""
 
     def __init__(self, network: str, size: int, quantize: Quantize) -> None:
         super().__init__()
         torch.manual_seed(0)
-        method = build_method(TrainConfig(network=network, num_latents=12), (3, size, size))
-        self.encoder, self.decoder = method.encoder, method.decoder
-        self.codebook = method.latent.quantizer.codebook
+        self.encoder, self.decoder = networks(network, size)
+        self.codebook = FusedLatentQuantizer(12).codebook
         self.quantize = quantize
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from operator import index
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -14,19 +15,27 @@ from torch.nn import Parameter
 
 from qlae_kernels import latent_quantize_reference
 from qlae_kernels.backends import select_backend
-from qlae_kernels.mask import check_mask, fill, mean_over_mask
+from qlae_kernels.mask import check_mask, counting, fill, mean_over_mask
 from qlae_kernels.problem import (
     INDEX_DTYPES,
     VALUE_DTYPES,
+    Backend,
     Backward,
     Forward,
+    Options,
     Problem,
     as_dense,
     has_strides_of,
     layout_of,
     memory_order,
 )
-from qlae_kernels.torch_internals import are_functorch_transforms_active, dispatch_modes, register_namedtuple
+from qlae_kernels.torch_internals import (
+    are_functorch_transforms_active,
+    are_gradients_batched,
+    dispatch_modes,
+    is_jit_tracing,
+    register_namedtuple,
+)
 
 _PLAIN_TENSORS = (Tensor, Parameter)
 
@@ -53,7 +62,7 @@ def latent_quantize(
     z: Tensor,
     codebook: Tensor,
     *,
-    levels: Sequence[int] | None = None,
+    levels: Iterable[int] | None = None,
     channel_dim: int = 1,
     quantization_weight: float = 0.01,
     commitment_weight: float = 0.01,
@@ -74,10 +83,12 @@ def latent_quantize(
     Args:
         z: latents [..., D, ...] with the D latents at `channel_dim`; float32, float64, float16 or bfloat16.
         codebook: codes [D, K], or [1, K] for one codebook shared by all latents; on z's device. Need not be sorted.
-        levels: the number of codes of each latent (D values of 1..K); the rest of a row is ignored. None: K for all.
+        levels: the number of codes of each latent (D whole numbers of 1..K, in a sequence, an array or a tensor); the
+            rest of a row is ignored. None: K for all.
         channel_dim: the dimension of z that counts the latents.
         quantization_weight: weight of the loss whose gradient moves the codes towards z.
-        commitment_weight: weight of the loss whose gradient moves z towards the codes.
+        commitment_weight: weight of the loss whose gradient moves z towards the codes. Both weights are finite numbers
+            >= 0. A compiled call has its weights compiled in; to vary one often, set both to 1 and scale `loss`.
         index_dtype: torch.uint8, int16, int32 or int64; must hold K - 1.
         return_indices: False leaves `indices` out (None) and saves writing them.
         mask: bool, of z's shape without `channel_dim`, on z's device. Where it is False, z is not looked at, whatever
@@ -88,49 +99,40 @@ def latent_quantize(
     A z that is NaN or infinite yields index 0, NaN in `quantized`, and a NaN or infinite loss.
 
     Raises:
-        TypeError: z or codebook is not a tensor, or of a dtype that is not supported.
-        ValueError: shapes, devices or levels do not fit, or `index_dtype` is too small.
+        TypeError: z or codebook is not a dense tensor or of a dtype that is not supported, or another argument is of a
+            wrong type.
+        ValueError: shapes, devices, levels or weights do not fit, or `index_dtype` is too small.
         RuntimeError: the named backend is not available; the message says why and what to do.
     """
     if levels is not None:
         levels = _as_levels(levels)
+    # Numbers, not tensors that could change under the cache's key.
+    if type(quantization_weight) is not float or type(commitment_weight) is not float:
+        quantization_weight, commitment_weight = _as_weight(quantization_weight), _as_weight(commitment_weight)
+    options = (
+        levels,
+        channel_dim,
+        quantization_weight,
+        commitment_weight,
+        index_dtype,
+        return_indices,
+        backend,
+    )
     if mask is not None:
-        return _quantize_masked(
-            z,
-            codebook,
-            mask,
-            levels=levels,
-            channel_dim=channel_dim,
-            quantization_weight=quantization_weight,
-            commitment_weight=commitment_weight,
-            index_dtype=index_dtype,
-            return_indices=return_indices,
-            backend=backend,
-        )
+        return _quantize_masked(z, codebook, mask, Options._make(options))
     if (
         is_dynamo_compiling()
         or are_functorch_transforms_active()
         or dispatch_modes()
+        or is_jit_tracing()
         or type(z) not in _PLAIN_TENSORS
         or type(codebook) not in _PLAIN_TENSORS
     ):
         # What is traced or transformed is to see an op; kernels called past the dispatcher would stay hidden.
-        from qlae_kernels.latent_quantize_ops import Options, traced_latent_quantize
+        from qlae_kernels.latent_quantize_ops import traced_latent_quantize
 
-        options = Options(
-            levels,
-            channel_dim,
-            quantization_weight,
-            commitment_weight,
-            index_dtype,
-            return_indices,
-            backend,
-        )
-        quantized, indices, loss = traced_latent_quantize(z, codebook, options)
-        return LatentQuantizerOutput(quantized, indices if return_indices else None, loss)
-    # Numbers, not tensors that could change under the cache's key.
-    quantization_weight, commitment_weight = float(quantization_weight), float(commitment_weight)
-    contiguous = z.is_contiguous() and not z.is_neg()
+        return LatentQuantizerOutput._make(traced_latent_quantize(z, codebook, Options._make(options)))
+    contiguous = z.layout is torch.strided and z.is_contiguous() and not z.is_neg()
     if not contiguous:
         check_strided("z", z)
         z = as_dense(z)
@@ -141,28 +143,27 @@ def latent_quantize(
         codebook.shape,
         codebook.dtype,
         codebook.device,
-        levels,
-        channel_dim,
-        quantization_weight,
-        commitment_weight,
-        index_dtype,
-        return_indices,
-        backend,
+        options,
         None if contiguous else memory_order(z),
     )
     return LatentQuantizerOutput._make(LatentQuantizeFunction.apply(z, codebook, call))
 
 
-def _quantize_masked(
-    z: Tensor, codebook: Tensor, mask: Tensor, *, channel_dim: int, **options: Any
-) -> LatentQuantizerOutput:
+def _quantize_masked(z: Tensor, codebook: Tensor, mask: Tensor, options: Options) -> LatentQuantizerOutput:
     check_tensors(z, codebook)
-    check_shapes(z.shape, codebook.shape, channel_dim)
-    check_mask(mask, z.shape, channel_dim, z.device)
-    output = latent_quantize(fill(z, codebook, mask, channel_dim), codebook, channel_dim=channel_dim, **options)
-    masked_out = ~mask.unsqueeze(channel_dim)
-    quantized = output.quantized.to(z.dtype).masked_fill(masked_out, 0)
-    indices = None if output.indices is None else output.indices.masked_fill(masked_out, 0)
+    check_shapes(z.shape, codebook.shape, options.channel_dim)
+    check_mask(mask, z.shape, options.channel_dim, z.device)
+    counts = counting(mask, z, options.channel_dim)
+    filled = fill(z, codebook, counts, options.channel_dim)
+    if are_functorch_transforms_active():
+        from qlae_kernels.latent_quantize_ops import traced_latent_quantize
+
+        output = LatentQuantizerOutput._make(traced_latent_quantize(filled, codebook, options, counts))
+    else:
+        output = latent_quantize(filled, codebook, **options._asdict())
+    # `masked_fill` would make the result contiguous.
+    quantized = torch.where(counts, output.quantized.to(z.dtype), 0)
+    indices = None if output.indices is None else torch.where(counts, output.indices, 0)
     return LatentQuantizerOutput(quantized, indices, mean_over_mask(output.loss, mask))
 
 
@@ -174,6 +175,9 @@ class Call(NamedTuple):
     backward: Backward
     # False where the codebook has another dtype than the kernels compute in.
     codebook_fits: bool
+    # Whether z is contiguous; else it is dense in another order.
+    contiguous: bool
+    options: Options
 
 
 class LatentQuantizeFunction(torch.autograd.Function):
@@ -184,7 +188,7 @@ class LatentQuantizeFunction(torch.autograd.Function):
         ctx.save_for_backward(z, codebook)
         ctx.set_materialize_grads(False)
         codes = for_kernels(codebook, call)
-        ctx.call, ctx.plain = call, codes is codebook
+        ctx.call, ctx.plain = call, codes is codebook and call.contiguous
         return call.forward(z, codes)
 
     @staticmethod
@@ -196,20 +200,28 @@ class LatentQuantizeFunction(torch.autograd.Function):
         if grad_loss is None:
             # Straight-through alone: z receives the gradient of `quantized` as it is, the codebook none.
             return grad_quantized if need_grad_z else None, None, None
+        call = ctx.call
+        if is_dynamo_compiling() or are_functorch_transforms_active() or are_gradients_batched():
+            # Many gradients at a time, or compiled autograd: as in `latent_quantize`, an op is to be seen.
+            from qlae_kernels.latent_quantize_ops import op_gradients
+
+            gradients = op_gradients(
+                z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook, call.options
+            )
+            return (*gradients, None)
         usual = (
             ctx.plain
             and grad_quantized is not None
             and grad_quantized.is_contiguous()
-            and z.is_contiguous()
             and not (grad_quantized.is_neg() or grad_loss.is_neg() or torch.is_grad_enabled())
         )
         if usual:
             # What `gradients_of` comes to, without its calls: they are 2 % of a small batch's time.
             return (
-                *ctx.call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
+                *call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
                 None,
             )
-        gradients = gradients_of(ctx.call, z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
+        gradients = gradients_of(call, z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
         return (*gradients, None)
 
 
@@ -267,27 +279,17 @@ def make_call(
     codebook_shape: torch.Size,
     codebook_dtype: torch.dtype,
     codebook_device: torch.device,
-    levels: tuple[int, ...] | None,
-    channel_dim: int,
-    quantization_weight: float,
-    commitment_weight: float,
-    index_dtype: torch.dtype,
-    return_indices: bool,
-    backend: str,
+    options: tuple[Any, ...],
     order: tuple[int, ...] | None = None,
 ) -> Call:
-    """Check everything that `latent_quantize` promises to check, and choose the backend.
+    """Check a call and prepare what is the same in all calls like it.
 
-    `order` holds z's dimensions from the slowest to the fastest in memory; None where z is contiguous.
+    `options` are the fields of `Options`, `levels` being None or a tuple. `order` holds z's dimensions from the slowest
+    to the fastest in memory; None where z is contiguous.
     """
-    for name, value in (("z", dtype), ("codebook", codebook_dtype)):
-        if value not in VALUE_DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {_short(value)}")
-    check_shapes(shape, codebook_shape, channel_dim)
-    channel_dim %= len(shape)
-    if device != codebook_device:
-        raise ValueError(f"z and codebook must be on one device; got {device} and {codebook_device}")
-    check_index_dtype(index_dtype, codebook_shape[1])
+    options = Options._make(options)
+    backend = check_call(shape, dtype, device, codebook_shape, codebook_dtype, codebook_device, options)
+    channel_dim = options.channel_dim % len(shape)
     layout = layout_of(shape, channel_dim, order)
     problem = Problem(
         *layout,
@@ -295,20 +297,43 @@ def make_call(
         channel_dim=channel_dim,
         rows=codebook_shape[0],
         stride=codebook_shape[1],
-        levels=_levels_tensor(levels, codebook_shape),
-        quantization_weight=float(quantization_weight),
-        commitment_weight=float(commitment_weight),
+        levels=None if options.levels is None else torch.tensor(options.levels, dtype=torch.int64, device="cpu"),
+        quantization_weight=options.quantization_weight,
+        commitment_weight=options.commitment_weight,
         value_dtype=dtype,
-        index_dtype=index_dtype,
-        return_indices=return_indices,
+        index_dtype=options.index_dtype,
+        return_indices=options.return_indices,
         device=device,
     )
-    forward, backward = select_backend(backend, device.type).prepare(problem)
-    return Call(problem, forward, backward, codebook_dtype is problem.compute_dtype)
+    forward, backward = backend.prepare(problem)
+    return Call(problem, forward, backward, codebook_dtype is problem.compute_dtype, order is None, options)
 
 
 # Checks, plans and launchers are made once per problem.
 cached_call = lru_cache(maxsize=1024)(make_call)
+
+
+def check_call(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    codebook_shape: torch.Size,
+    codebook_dtype: torch.dtype,
+    codebook_device: torch.device,
+    options: Options,
+) -> Backend:
+    """Check everything that `latent_quantize` promises to check, for known or symbolic sizes; returns the backend."""
+    for name, value in (("z", dtype), ("codebook", codebook_dtype)):
+        if value not in VALUE_DTYPES:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {_short(value)}")
+    check_shapes(shape, codebook_shape, options.channel_dim)
+    if device != codebook_device:
+        raise ValueError(f"z and codebook must be on one device; got {device} and {codebook_device}")
+    check_index_dtype(options.index_dtype, codebook_shape[1])
+    check_levels(options.levels, codebook_shape)
+    check_weight("quantization_weight", options.quantization_weight)
+    check_weight("commitment_weight", options.commitment_weight)
+    return select_backend(options.backend, device.type)
 
 
 def check_shapes(shape: torch.Size, codebook_shape: torch.Size, channel_dim: int) -> None:
@@ -336,22 +361,41 @@ def check_index_dtype(index_dtype: torch.dtype, levels: int) -> None:
         )
 
 
-def _as_levels(levels: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(levels, Sequence) or not all(isinstance(count, int) for count in levels):
-        raise TypeError(f"levels must be a sequence of whole numbers, one per latent, or None; got {levels!r}")
-    return tuple(levels)
-
-
-def _levels_tensor(levels: tuple[int, ...] | None, codebook_shape: torch.Size) -> Tensor | None:
-    if levels is None:
-        return None
+def check_levels(levels: Sequence[int] | None, codebook_shape: torch.Size) -> None:
+    """Raise ValueError unless every row of the codebook has a number of codes that it can hold."""
     rows, columns = codebook_shape
-    if len(levels) != rows or not all(1 <= count <= columns for count in levels):
+    if levels is not None and (len(levels) != rows or not all(1 <= count <= columns for count in levels)):
         raise ValueError(
             f"levels must be {rows} numbers of 1..{columns} for a codebook of shape {tuple(codebook_shape)}; "
-            f"got {levels}"
+            f"got {tuple(levels)}"
         )
-    return torch.tensor(levels, dtype=torch.int64, device="cpu")
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raise ValueError unless the weight of a loss is a finite number >= 0."""
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0; got {weight}")
+
+
+def _as_levels(levels: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, levels))
+    except TypeError:
+        raise TypeError(
+            f"levels must be a sequence of whole numbers, one per latent, or None; got {levels!r}"
+        ) from None
+
+
+def _as_weight(weight: SupportsFloat) -> float:
+    if isinstance(weight, Tensor) and is_dynamo_compiling():
+        raise TypeError(
+            "in a compiled call the weights of the losses are numbers, not tensors; to scale the loss by a tensor, set "
+            "the weights to numbers and multiply `loss` by it"
+        )
+    # A string has none, though float() takes it.
+    if not hasattr(weight, "__float__"):
+        raise TypeError(f"the weights of the losses must be numbers; got {weight!r}")
+    return float(weight)
 
 
 def _short(dtype: object) -> str:

@@ -75,7 +75,11 @@ _POOLED_BYTES = 256 << 10
 
 
 def empty_cache() -> None:
-    """Give the idle memory of freed large outputs back to the system."""
+    """Give the idle memory of freed large outputs back to the system.
+
+    The storage of a large output (256 KiB and more) is not torch's own and cannot be resized: `resize_` to a larger
+    size and `untyped_storage().resize_` raise RuntimeError, and work after `clone()`.
+    """
     limit = _native.max_idle_bytes()
     _native.set_max_idle_bytes(0)
     _native.set_max_idle_bytes(limit)
@@ -94,7 +98,7 @@ def cached_bytes() -> int:
 
 
 def _pooled_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor with the shape and strides of z, its memory from the pool."""
+    """An uninitialised tensor with the shape and strides of z; its memory is from the pool and cannot be resized."""
     dtype = dtype or z.dtype
     memory = torch.frombuffer(_native.PooledBuffer(z.numel() * dtype.itemsize), dtype=dtype)
     # A tensor of its own, not a view: users may change it in place.

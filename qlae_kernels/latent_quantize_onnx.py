@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from qlae_kernels.latent_quantize_reference import values_of
-from qlae_kernels.latent_quantize_transforms import Options
-from qlae_kernels.problem import compute_dtype_of
+from qlae_kernels.problem import Options, compute_dtype_of
 
 
 def decomposed_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlae_kernels.latent_quantize_reference import values_of
-from qlae_kernels.problem import compute_dtype_of
-
-
-class Options(NamedTuple):
-    """The arguments of the op that are no tensors."""
-
-    levels: Sequence[int] | None
-    channel_dim: int
-    quantization_weight: float
-    commitment_weight: float
-    index_dtype: torch.dtype
-    return_indices: bool
-    backend: str
+from qlae_kernels.problem import Options, compute_dtype_of
 
 
 def gradients_at(
     indices: Tensor,
     z: Tensor,
     codebook: Tensor,
-    grad_quantized: Tensor,
+    grad_quantized: Tensor | None,
     grad_loss: Tensor,
-    channel_dim: int,
-    quantization_weight: float,
-    commitment_weight: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of z and of the codebook in plain PyTorch, in their own dtypes, given the indices.
 
     Differentiable in every tensor again.
     """
+    channel_dim = options.channel_dim
     compute_dtype = compute_dtype_of(z.dtype)
     values = z.to(compute_dtype)
     residual = values - values_of(indices.long(), codebook.to(compute_dtype), channel_dim)
     residual = residual.masked_fill(~z.isfinite(), torch.nan)
     scale = grad_loss * (2.0 / max(1, z.numel()))
-    grad_z = grad_quantized.to(compute_dtype) + scale * commitment_weight * residual
+    grad_z = scale * options.commitment_weight * residual
+    if grad_quantized is not None:
+        grad_z = grad_quantized.to(compute_dtype) + grad_z
     rows, levels = codebook.shape
     position = indices.long().movedim(channel_dim, -1)
     if rows > 1:
         position = position + levels * torch.arange(rows, device=z.device)
     sums = residual.new_zeros(rows * levels)
     sums = sums.scatter_add(0, position.reshape(-1), residual.movedim(channel_dim, -1).reshape(-1))
-    grad_codebook = -scale * quantization_weight * sums.view(rows, levels)
+    grad_codebook = -scale * options.quantization_weight * sums.view(rows, levels)
     return grad_z.to(z.dtype), grad_codebook.to(codebook.dtype)
 
 
-def transformed_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def transformed_latent_quantize(
+    z: Tensor, codebook: Tensor, options: Options, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op's indices, and from these in plain PyTorch what any transform can pass through.
 
-    Losses are written with stop-gradients, as in arXiv 2305.18378, section 3.
+    Losses are written with stop-gradients, as in arXiv 2305.18378, section 3; elements where `counts`, which broadcasts
+    with z, is False are left out of their sum.
     """
     call = options._replace(return_indices=True)
     _, indices, _ = torch.ops.qlae.latent_quantize(z.detach(), codebook.detach(), *call)
@@ -68,7 +60,11 @@ def transformed_latent_quantize(z: Tensor, codebook: Tensor, options: Options) -
     codes = values_of(indices.long(), codebook.to(compute_dtype), options.channel_dim) - not_finite
     quantization = options.quantization_weight * (codes - values.detach()).square()
     commitment = options.commitment_weight * (values - codes.detach()).square()
-    loss = (quantization + commitment).sum() / max(1, z.numel())
+    losses = quantization + commitment
+    if counts is not None:
+        losses = losses.masked_fill(~counts, 0)
+    # Divided element by element: vmap over an empty dimension divides no tensor without dimensions.
+    loss = (losses / max(1, z.numel())).sum()
     # Straight through: minus a zero with the gradient of -z, which leaves the code as it is to the bit.
     quantized = codes.detach().to(z.dtype) - (z.detach() - z)
     return quantized, indices, loss
@@ -111,5 +107,6 @@ def batched_latent_quantize(
             for value in (codes, indices)
         )
     squared_error = (z - codes).square().flatten(1).sum(1)
-    loss = (options.quantization_weight + options.commitment_weight) * squared_error / max(1, codes[0].numel())
+    weight = options.quantization_weight + options.commitment_weight
+    loss = weight * squared_error / max(1, math.prod(codes.shape[1:]))
     return (codes.to(dtype), indices, loss), (0, 0, 0)

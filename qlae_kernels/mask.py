@@ -24,17 +24,30 @@ def check_mask(mask: Tensor, shape: torch.Size, channel_dim: int, device: torch.
         raise ValueError(f"mask must be on {device}, as the latents are; got {mask.device}")
 
 
-def fill(z: Tensor, codebook: Tensor, mask: Tensor, channel_dim: int) -> Tensor:
-    """z in its compute dtype with each latent's first code at the positions that do not count.
+def counting(mask: Tensor, z: Tensor, channel_dim: int) -> Tensor:
+    """The mask [..., 1, ...], stored in the order of z, which `torch.where` then gives its result."""
+    mask = mask.unsqueeze(channel_dim)
+    if z.is_contiguous():
+        return mask
+    one_latent = z.detach().narrow(channel_dim, 0, min(1, z.size(channel_dim)))
+    # The first operand decides the order of the result.
+    return torch.zeros_like(one_latent, dtype=torch.bool) | mask
 
-    Such an element has no distance from its code, so it adds nothing to the loss or to the codebook's gradient. The
-    code need not be a number of a half type, hence the compute dtype.
+
+def fill(z: Tensor, codebook: Tensor, counts: Tensor, channel_dim: int) -> Tensor:
+    """z in its compute dtype with each latent's first finite code where `counts`, which broadcasts with z, is False.
+
+    Such an element has no distance from its code, so it adds nothing to the loss or to the codebook's gradient. It
+    moves with its code, so it adds nothing to second derivatives either. The code need not be a number of a half type,
+    hence the compute dtype.
     """
     compute_dtype = compute_dtype_of(z.dtype)
+    codebook = codebook.to(compute_dtype)
+    # A later one of two equal codes would not do: the index is that of the first.
+    first = codebook.detach().isfinite().int().argmax(1, keepdim=True)
     shape = [1] * z.dim()
     shape[channel_dim] = codebook.size(0)
-    first_codes = codebook[:, 0].detach().to(compute_dtype).view(shape)
-    return torch.where(mask.unsqueeze(channel_dim), z.to(compute_dtype), first_codes)
+    return torch.where(counts, z.to(compute_dtype), codebook.gather(1, first).view(shape))
 
 
 def mean_over_mask(mean: Tensor, mask: Tensor) -> Tensor:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+class Options(NamedTuple):
+    """The arguments of `latent_quantize` that are no tensors, in the order of the ops' schemas."""
+
+    levels: Sequence[int] | None
+    channel_dim: int
+    quantization_weight: float
+    commitment_weight: float
+    index_dtype: torch.dtype
+    return_indices: bool
+    backend: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)

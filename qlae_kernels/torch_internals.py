@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +30,15 @@ def _function_of_torch(name: str) -> Callable[..., Any]:
 are_functorch_transforms_active = _function_of_torch("_are_functorch_transforms_active")
 # () -> int: how many dispatch modes (fake tensors, make_fx, counters of operations) are at work.
 dispatch_modes = _function_of_torch("_len_torch_dispatch_stack")
+# () -> bool: whether torch.jit.trace is recording.
+is_jit_tracing = _function_of_torch("_is_tracing")
+# () -> bool: whether torch.autograd takes many gradients at a time (`is_grads_batched=True`). Its tensors are of type
+# Tensor, too, and have no memory; this is quicker than to ask each of them.
+are_gradients_batched = (
+    partial(_function_of_torch("_dispatch_tls_is_dispatch_key_included"), torch._C._dispatch_key_parse("VmapMode"))
+    if hasattr(torch._C, "_dispatch_key_parse")
+    else _function_of_torch("_dispatch_key_parse")
+)
 # (index of a GPU) -> int: the stream that torch uses now; `torch.cuda.current_stream` makes an object, which takes
 # longer. Builds for the CPU alone have none.
 current_raw_stream = _function_of_torch("_cuda_getCurrentRawStream")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -767,6 +768,19 @@ ERRORS = [
     ({"levels": (5, 5, 11)}, ValueError, ["levels", "1..10", "(5, 5, 11)"]),
     ({"levels": 10}, (TypeError, ValueError), ["levels", "10"]),
     ({"levels": (2.5, 5, 5)}, (TypeError, ValueError), ["levels", "2.5"]),
+    ({"levels": "555"}, TypeError, ["levels", "'555'"]),
+    *(
+        ({name: weight}, error, [word, str(weight)])
+        for name in ("quantization_weight", "commitment_weight")
+        for weight, error, word in (
+            (math.nan, ValueError, name),
+            (math.inf, ValueError, name),
+            (-1, ValueError, name),
+            (-0.5, ValueError, name),
+            ("0.1", TypeError, "weights"),
+            (None, TypeError, "weights"),
+        )
+    ),
     ({"index_dtype": torch.float32}, TypeError, ["index_dtype", "uint8, int16, int32 or int64", "float32"]),
     ({"index_dtype": "int32"}, TypeError, ["index_dtype", "int32"]),
     ({"codebook": torch.zeros(3, 257), "index_dtype": torch.uint8}, ValueError, ["uint8", "255", "257"]),
@@ -793,9 +807,29 @@ def test_errors_name_what_was_given_and_what_is_wanted(
             assert word.replace("{device}", str(device_of(backend))) in str(caught.value)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN")
+def test_a_tensor_of_onednn_is_named() -> None:
+    with pytest.raises(TypeError, match=r"z must be a dense tensor .* got layout torch\._mkldnn"):
+        qlae_kernels.latent_quantize(Z.to_mkldnn(), CODEBOOK)
+
+
 def test_an_index_dtype_that_just_fits(backend: str) -> None:
     latent_quantize(torch.zeros(2, 1), torch.zeros(1, 256), index_dtype=torch.uint8, backend=backend)
     latent_quantize(torch.zeros(2, 1), torch.zeros(1, 32768), index_dtype=torch.int16, backend=backend)
+
+
+LEVELS = [7, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [tuple(LEVELS), np.array(LEVELS), torch.tensor(LEVELS), [np.int64(count) for count in LEVELS]],
+    ids=["tuple", "array", "tensor", "numbers of NumPy"],
+)
+def test_levels_may_be_whole_numbers_of_any_kind(backend: str, levels: object) -> None:
+    z, codebook, _ = problem((40, 3), torch.float32)
+    indices = latent_quantize(z, codebook, levels=levels, backend=backend).indices
+    assert_same_bits(indices, nearest(z, codebook, levels=LEVELS).to(torch.int32))
 
 
 def test_the_same_arguments_in_another_order_of_types(backend: str) -> None:

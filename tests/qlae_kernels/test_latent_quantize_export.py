@@ -88,6 +88,14 @@ def test_a_model_is_exported(name: str) -> None:
         torch.testing.assert_close(program.module()(value), module(value))
 
 
+def test_what_a_call_refuses_is_not_exported() -> None:
+    quantizer = FusedLatentQuantizer(3, 5)
+    with pytest.raises(ValueError, match=r"4, 2"):
+        torch.export.export(quantizer, (torch.zeros(4, 2),))
+    with pytest.raises(TypeError, match="int64"):
+        torch.export.export(quantizer, (torch.zeros(4, 3, dtype=torch.int64),))
+
+
 LOAD = """
 import sys, torch
 {first}

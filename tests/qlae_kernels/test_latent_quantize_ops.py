@@ -1,17 +1,25 @@
 """The ops as torch.library sees them, and calls that are traced: compiled, exported, with fake tensors."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from latent_quantize_statement import VALUE_DTYPES, assert_same_bits, assert_within, compute_dtype, gradients
 from on_device import call_on, device_of, latent_quantize, on_backend
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.compilers import nop
 from torch._subclasses import FakeTensorMode
 
 import qlae_kernels
 from qlae.config import TrainConfig
 from qlae.methods import build_method
 from qlae_kernels import FusedLatentQuantizer, available_backends
+from qlae_kernels import backends as backends_module
 from qlae_kernels.latent_quantize_ops import latent_quantize_backward_op, latent_quantize_op
 
 WEIGHTS = {"quantization_weight": 0.75, "commitment_weight": 0.25}
@@ -20,8 +28,11 @@ backends = pytest.mark.parametrize("name", available_backends())
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before, least of all what inductor keeps on disk of other versions of the ops."""
     torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, levels: int = 10) -> tuple[Tensor, Tensor]:
@@ -83,7 +94,8 @@ def test_opcheck_of_the_backward_op(name: str, dtype: torch.dtype, layout: str) 
     grad_loss = torch.ones((), dtype=compute_dtype(dtype))
     tensors = (z, codebook if layout != "strided" else codebook.half(), torch.randn(z.shape).to(dtype), grad_loss)
     placed = (on_backend(tensor, name).requires_grad_() for tensor in tensors)
-    torch.library.opcheck(latent_quantize_backward_op, (*placed, None, 1, *WEIGHT_VALUES, name))
+    options = (None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    torch.library.opcheck(latent_quantize_backward_op, (*placed, True, True, *options))
 
 
 @backends
@@ -125,7 +137,131 @@ def test_one_output_of_the_op_may_go_unused(name: str, use_quantized: bool, use_
     expected = gradients(z, codebook, weight if use_quantized else None, float(use_loss), **WEIGHTS)
     ((quantized * weight).sum() if use_quantized else loss).backward()
     assert_within(z.grad, expected.grad_z, expected.grad_z_bound)
-    assert_within(codebook.grad, expected.grad_codebook, expected.grad_codebook_bound)
+    if use_loss:
+        assert_within(codebook.grad, expected.grad_codebook, expected.grad_codebook_bound)
+    else:
+        assert codebook.grad is None
+
+
+@backends
+@pytest.mark.parametrize("with_grad_quantized", [True, False])
+@pytest.mark.parametrize(("need_z", "need_codebook"), [(True, False), (False, True)])
+def test_the_backward_op_makes_what_is_needed(
+    name: str, need_z: bool, need_codebook: bool, with_grad_quantized: bool
+) -> None:
+    z, codebook = problem((40, 3))
+    weight = torch.randn(40, 3) if with_grad_quantized else None
+    expected = gradients(z, codebook, weight, 3.0, **WEIGHTS)
+    tensors = (z, codebook, weight, torch.tensor(3.0))
+    placed = [None if tensor is None else on_backend(tensor.detach(), name) for tensor in tensors]
+    options = (None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    grad_z, grad_codebook = latent_quantize_backward_op(*placed, need_z, need_codebook, *options)
+    if need_z:
+        assert_within(grad_z.cpu(), expected.grad_z, expected.grad_z_bound)
+        assert grad_codebook.numel() == 0
+    else:
+        assert_within(grad_codebook.cpu(), expected.grad_codebook, expected.grad_codebook_bound)
+        assert grad_z.numel() == 0
+    torch.library.opcheck(latent_quantize_backward_op, (*placed, need_z, need_codebook, *options))
+
+
+@pytest.mark.parametrize("frozen", ["codebook", "z"])
+def test_a_compiled_call_asks_for_the_gradients_that_are_needed(frozen: str) -> None:
+    z, codebook = problem((40, 3))
+    (z if frozen == "z" else codebook).requires_grad_(False)
+    graphs = []
+
+    def remember(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
+        graphs.append(graph)
+        return nop(graph, example)
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=remember)
+    compiled = torch.compile(lambda z, v: qlae_kernels.latent_quantize(z, v).loss, fullgraph=True, backend=backend)
+    compiled(z, codebook).backward()
+    (call,) = [node for node in graphs[0].graph.nodes if node.target is latent_quantize_backward_op]
+    assert call.args[4:6] == (frozen != "z", frozen != "codebook")
+    wanted, left_out = (codebook, z) if frozen == "z" else (z, codebook)
+    assert left_out.grad is None
+    (want,) = torch.autograd.grad(qlae_kernels.latent_quantize(z, codebook).loss, wanted)
+    assert_same_bits(wanted.grad, want)
+
+
+def test_a_latent_that_is_not_finite_has_the_straight_through_gradient_when_compiled() -> None:
+    z, codebook = problem((40, 3))
+    z.data[3, 1] = torch.nan
+    z.data[5, 2] = torch.inf
+    weight = torch.randn(40, 3)
+
+    def objective(z: Tensor) -> Tensor:
+        return (qlae_kernels.latent_quantize(z, codebook).quantized * weight).sum()
+
+    for run in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):
+        assert_same_bits(torch.autograd.grad(run(z), z)[0], weight)
+
+
+def test_compiled_autograd_takes_the_whole_backward_pass() -> None:
+    z, codebook = problem((40, 3))
+    want = torch.autograd.grad(qlae_kernels.latent_quantize(z, codebook, **WEIGHTS).loss, (z, codebook))
+    loss = qlae_kernels.latent_quantize(z, codebook, **WEIGHTS).loss
+    with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        loss.backward()
+    assert_same_bits(z.grad, want[0])
+    assert_same_bits(codebook.grad, want[1])
+
+
+WRONG = {
+    "latents": ({"z": torch.zeros(4, 2)}, "codebook must have shape"),
+    "dtype": ({"z": torch.zeros(4, 3, dtype=torch.int64)}, "z must be float32"),
+    "levels": ({"levels": (5, 5, 11)}, "levels must be 3 numbers of 1..10"),
+    "index dtype": ({"codebook": torch.zeros(3, 300), "index_dtype": torch.uint8}, "index_dtype uint8"),
+    "weight": ({"commitment_weight": -1.0}, "commitment_weight must be"),
+    "backend": ({"backend": "numpy"}, "backend must be one of"),
+    "absent backend": ({"backend": "absent"}, "backend 'absent' is not available: not here"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_fake_tensors_are_checked_as_real_ones_are(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    absent = SimpleNamespace(unavailable_reason=lambda: "not here")
+    monkeypatch.setitem(backends_module.BACKENDS, "absent", absent)
+    monkeypatch.setattr(backends_module, "NAMES", (*backends_module.NAMES, "absent"))
+    arguments, message = WRONG[wrong]
+    arguments = {"z": torch.zeros(4, 3), "codebook": torch.zeros(3, 10)} | arguments
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+            qlae_kernels.latent_quantize(**arguments)
+
+
+def test_a_jagged_nested_tensor_is_named() -> None:
+    jagged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"z must be a dense tensor .* got layout torch\.jagged"):
+        qlae_kernels.latent_quantize(jagged, torch.zeros(3, 5))
+
+
+def test_jit_trace_records_the_op() -> None:
+    quantizer = FusedLatentQuantizer(3, [5, 4, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(quantizer, (torch.randn(4, 3),))
+    z = torch.randn(9, 3)
+    for got, want in zip(traced(z), quantizer(z), strict=True):
+        assert_same_bits(got, want)
+    (gradient,) = torch.autograd.grad(traced(z)[2], quantizer.codebook)
+    assert_same_bits(gradient, torch.autograd.grad(quantizer(z).loss, quantizer.codebook)[0])
+
+
+def test_a_weight_in_a_compiled_call_is_a_number() -> None:
+    z, codebook = problem((40, 3))
+
+    def loss_of(weight: float | Tensor) -> Tensor:
+        return qlae_kernels.latent_quantize(z, codebook, commitment_weight=weight).loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    # A graph is compiled for each value.
+    for weight in (0.5, 2, 0.25):
+        assert_same_bits(compiled(weight), loss_of(weight))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="multiply `loss` by it"):
+        compiled(torch.tensor(0.5))
 
 
 @backends

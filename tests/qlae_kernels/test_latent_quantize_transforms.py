@@ -200,6 +200,55 @@ def test_gradients_per_sample_of_a_model() -> None:
             assert_close(per_sample[name][sample], value.grad)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_vmap_over_any_number_of_entries(backend: str, number: int) -> None:
+    z, codebook = problem(backend, number, 7, 3)
+    for quantize in (fused(backend), lambda *pair: tuple(torch.ops.qlae.latent_quantize(*pair, *op_options(backend)))):
+        quantized, indices, loss = vmap(quantize, (0, None))(z, codebook)
+        assert quantized.shape == indices.shape == z.shape
+        assert loss.shape == (number,)
+    assert vmap(fused(backend), (None, 0))(z.new_zeros(7, 3), codebook.expand(number, 3, 5))[0].shape == z.shape
+
+
+def op_options(backend: str) -> tuple[object, ...]:
+    return None, 1, QUANTIZATION, COMMITMENT, torch.int32, True, backend
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["learned", "frozen"])
+@pytest.mark.parametrize("batched_by", ["is_grads_batched", "vmap"])
+def test_many_gradients_at_a_time(backend: str, batched_by: str, frozen: bool) -> None:
+    z, codebook = problem(backend, 7, 3)
+    z.requires_grad_()
+    codebook.requires_grad_(not frozen)
+    inputs = (z,) if frozen else (z, codebook)
+    grad_quantized, grad_loss = torch.randn(4, 7, 3).to(z), torch.randn(4).to(z)
+
+    def gradients(output: tuple[Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor], **options: bool) -> tuple:
+        return torch.autograd.grad(output[0::2], inputs, grads, retain_graph=True, **options)
+
+    output = fused(backend)(z, codebook)
+    if batched_by == "vmap":
+        got = vmap(lambda *grads: gradients(output, grads))(grad_quantized, grad_loss)
+    else:
+        got = gradients(output, (grad_quantized, grad_loss), is_grads_batched=True)
+    want = [gradients(plain(z, codebook), grads) for grads in zip(grad_quantized, grad_loss, strict=True)]
+    for one, others in zip(got, zip(*want, strict=True), strict=True):
+        assert_close(one, torch.stack(others))
+    (of_loss,) = torch.autograd.grad(fused(backend)(z, codebook)[2], z, grad_loss, is_grads_batched=True)
+    assert_close(of_loss, torch.stack([torch.autograd.grad(each * plain(z, codebook)[2], z)[0] for each in grad_loss]))
+
+
+@pytest.mark.parametrize("function", ["jacobian", "hessian"])
+def test_the_vectorized_functions_of_torch_autograd(backend: str, function: str) -> None:
+    z, codebook = problem(backend, 7, 3)
+    of = objective_of(fused(backend)) if function == "hessian" else lambda *pair: fused(backend)(*pair)[0::2]
+    one_by_one, vectorized = (
+        getattr(torch.autograd.functional, function)(of, (z, codebook), vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    assert_close(vectorized, one_by_one)
+
+
 def test_wrong_arguments_are_named_under_vmap() -> None:
     with pytest.raises(ValueError, match="channel_dim 2 is out of range"):
         vmap(lambda z: latent_quantize(z, torch.zeros(3, 4), channel_dim=2))(torch.zeros(5, 2, 3))

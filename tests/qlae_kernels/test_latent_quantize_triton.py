@@ -132,8 +132,8 @@ def test_many_programs_and_groups_of_them(
 def call_of(z: Tensor, codebook: Tensor, codes: int):
     """A call that nothing keeps, for z on the device that triton serves here."""
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
-    shapes = (z.shape, z.dtype, device, codebook.shape, codebook.dtype, device, None, 1)
-    return make_call(*shapes, *WEIGHTS.values(), torch.int32, True, "triton")
+    tensors = (z.shape, z.dtype, device, codebook.shape, codebook.dtype, device)
+    return make_call(*tensors, (None, 1, *WEIGHTS.values(), torch.int32, True, "triton"))
 
 
 @runs

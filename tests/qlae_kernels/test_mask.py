@@ -5,6 +5,7 @@ import torch
 from latent_quantize_statement import assert_same_bits
 from on_device import device_of, on_backend, to_device
 from torch import Tensor
+from torch.func import functional_call, grad, hessian, vmap
 
 from qlae_kernels import FusedLatentQuantizer, LatentQuantizerOutput, latent_quantize
 
@@ -87,16 +88,107 @@ def test_where_none_counts_there_is_no_loss_and_no_gradient(backend: str, batch:
     assert not grad_z.any() and not grad_codebook.any() and not quantized.any()
 
 
-def test_a_compiled_call_with_a_mask() -> None:
-    z, codebook, mask = problem()
+def test_an_infinite_code_is_no_more_used_than_without_a_mask(backend: str) -> None:
+    z, codebook, mask = (on_backend(tensor, backend) for tensor in problem())
+    codebook[0, 0], codebook[1, :2], codebook[2, 3] = torch.inf, -torch.inf, torch.inf
+    codebook.requires_grad_()
+    loss = latent_quantize(z, codebook, mask=mask, backend=backend).loss
+    alone = latent_quantize(counted(z, mask).contiguous(), codebook, backend=backend).loss
+    assert alone.isfinite()
+    torch.testing.assert_close(loss, alone)
+    gradients = [torch.autograd.grad(each, codebook)[0] for each in (loss, alone)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_layout_of_the_latents_is_kept(backend: str) -> None:
+    z, codebook, mask = (on_backend(tensor, backend) for tensor in problem())
+    for laid_out in (z.to(memory_format=torch.channels_last), z.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)):
+        laid_out = laid_out.detach().requires_grad_()
+        quantized, indices, loss = latent_quantize(laid_out, codebook, mask=mask, backend=backend)
+        (quantized.sum() + loss).backward()
+        assert quantized.stride() == indices.stride() == laid_out.grad.stride() == laid_out.stride()
+        for one, other in zip((quantized, indices), latent_quantize(z, codebook, mask=mask), strict=False):
+            assert_same_bits(one, other)
+
+
+def second_order_problem(backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """z [6, 2] far from where indices jump, a codebook [2, 3], and a mask [6] that leaves out each code's use."""
+    codebook = torch.tensor([[-0.5, 0.5, 1.5], [1.0, -1.0, 0.0]], dtype=torch.float64)
+    z = [[-0.45, 0.8], [0.4, -0.9], [-0.3, 0.2], [7.0, 0.9], [-0.6, 1.2], [1.4, -0.1]]
+    mask = torch.tensor([True, True, False, False, True, False])
+    tensors = (torch.tensor(z, dtype=torch.float64), codebook, mask)
+    return tuple(on_backend(tensor, backend) for tensor in tensors)
+
+
+def test_gradgradcheck_with_a_mask(backend: str) -> None:
+    z, codebook, mask = second_order_problem(backend)
+
+    def values_and_loss(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        return latent_quantize(z, codebook, mask=mask, backend=backend, **WEIGHTS)[0::2]
+
+    assert torch.autograd.gradgradcheck(values_and_loss, (z.requires_grad_(), codebook.requires_grad_()))
+
+
+def loss_of_all(z: Tensor, codebook: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    quantized, _, loss = latent_quantize(z, codebook, mask=mask, backend=backend, **WEIGHTS)
+    return quantized.pow(3).sum() + loss
+
+
+@pytest.mark.parametrize("way", ["create_graph", "torch.func", "torch.func compiled"])
+def test_second_derivatives_are_those_of_the_counted_alone(backend: str, way: str) -> None:
+    z, codebook, mask = second_order_problem(backend)
     torch.compiler.reset()
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
+    def second(z: Tensor, codebook: Tensor, mask: Tensor | None) -> list[Tensor]:
+        def objective(z: Tensor, codebook: Tensor) -> Tensor:
+            return loss_of_all(z, codebook, mask, backend)
+
+        if way == "create_graph":
+            results = torch.autograd.functional.hessian(objective, (z, codebook))
+        elif way == "torch.func":
+            results = hessian(objective, argnums=(0, 1))(z, codebook)
+        else:
+            compiled = torch.compile(hessian(objective, argnums=(0, 1)), fullgraph=True, backend="aot_eager")
+            results = compiled(z, codebook)
+        return [result for row in results for result in row]
+
+    by_z, by_both, by_codebook_and_z, by_codebook = second(z, codebook, mask)
+    want = second(z[mask], codebook, None)
+    torch.testing.assert_close(by_z[mask][:, :, mask], want[0])
+    torch.testing.assert_close(by_both[mask], want[1])
+    torch.testing.assert_close(by_codebook_and_z[:, :, mask], want[2])
+    torch.testing.assert_close(by_codebook, want[3])
+    # Twice the weight times the share of the three counted positions that the code has: two, one, none; and so on.
+    shares = torch.tensor([2, 1, 0, 2, 1, 0], dtype=torch.float64, device=z.device) / 6
+    torch.testing.assert_close(by_codebook.reshape(6, 6), (2 * WEIGHTS["quantization_weight"] * shares).diag())
+    for left_out in (by_z[~mask], by_z[:, :, ~mask], by_both[~mask], by_codebook_and_z[:, :, ~mask]):
+        assert not left_out.any()
+
+
+def test_gradients_per_sample_with_masks() -> None:
+    quantizer = FusedLatentQuantizer(3, 5, channel_dim=-1)
+    z, mask = torch.randn(4, 6, 3), torch.rand(4, 6) < 0.5
+    parameters = {"codebook": quantizer.codebook.detach()}
+    per_sample = vmap(grad(lambda p, z, m: functional_call(quantizer, p, (z, m)).loss), in_dims=(None, 0, 0))
+    for got, one, its_mask in zip(per_sample(parameters, z, mask)["codebook"], z, mask, strict=True):
+        (want,) = torch.autograd.grad(quantizer(one, its_mask).loss, quantizer.codebook)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_call_with_a_mask(memory_format: torch.memory_format, dynamic: bool) -> None:
+    z, codebook, mask = problem()
+    z = z.contiguous(memory_format=memory_format)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
     def quantize(z: Tensor, codebook: Tensor, mask: Tensor) -> LatentQuantizerOutput:
         return latent_quantize(z, codebook, mask=mask)
 
     for one, other in zip(quantize(z, codebook, mask), latent_quantize(z, codebook, mask=mask), strict=True):
         assert_same_bits(one, other)
+        assert one.stride() == other.stride()
 
 
 def test_without_indices() -> None:

@@ -20,6 +20,9 @@ for_gpus = pytest.mark.skipif(
     [
         (torch._C, "_are_functorch_transforms_active"),
         (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_is_tracing"),
+        (torch._C, "_dispatch_key_parse"),
+        (torch._C, "_dispatch_tls_is_dispatch_key_included"),
         pytest.param(torch._C, "_cuda_getCurrentRawStream", marks=for_gpus),
         (_pytree, "_register_namedtuple"),
     ],
