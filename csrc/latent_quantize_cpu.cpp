@@ -1,5 +1,5 @@
-// Splits the work into groups of latents and parts, prepares the search tables of each group, and adds up what the parts
-// return. The number of parts depends on sizes alone, so that results do not depend on the number of threads.
+// Splits the work into groups of latents and parts, prepares the search tables of each group, and adds up what the
+// parts return. The number of parts depends on sizes alone, so that results do not depend on the number of threads.
 #include "latent_quantize_cpu.h"
 
 #include <algorithm>
@@ -50,10 +50,10 @@ constexpr int64_t kMinBytesToGroup = int64_t{128} << 10, kMinCellBytesToGroup = 
 constexpr int64_t kGroupBytes = int64_t{32} << 10, kCellGroupBytes = int64_t{256} << 10;
 // Tables up to this size let short runs be traversed as a period, with whole vectors.
 constexpr int64_t kMaxShortRunsTable = 2048;
-// Groups that are divided among the threads; fewer are worked on one after the other, by all threads.
-constexpr int64_t kMinGroupsToShare = 4;
+// Groups from which on the threads divide them, where a latent has few samples and where it has many.
+constexpr int64_t kMinGroupsToShare = 4, kManyGroups = 32;
 constexpr int64_t kMaxParts = 64;
-// Parts that the elements are cut into though each must clear and add up sums for all codes.
+// Parts that the elements of a group are cut into though each must clear and add up sums for all of its codes.
 constexpr int64_t kMinPartsWithSums = 4;
 constexpr int64_t kMinElementsPerPart = 16384;
 constexpr int64_t kMinCodesPerPiece = 16384;
@@ -137,7 +137,8 @@ struct CellPlan {
   int64_t step;
 };
 
-// More cells and codes in them than samples do not pay for themselves, and more than two cells a code not for the search.
+// More cells and codes in them than samples do not pay for themselves, and more than two cells a code not for the
+// search.
 CellPlan plan_cells(int64_t samples, int64_t max_codes) {
   const uint64_t cells = std::bit_ceil(static_cast<uint64_t>(std::min(samples, 2 * max_codes)));
   const uint64_t step = std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(1, max_codes / samples)));
@@ -154,7 +155,12 @@ struct Plan {
   bool many_codes;
   Traversal traversal;
 
-  bool shares_groups() const { return traversal.groups >= kMinGroupsToShare; }
+  // Whether the threads divide the groups; if not, they work on one group after the other, each on some samples, and
+  // then need sums of their own for its codes, which few samples do not repay.
+  bool shares_groups() const {
+    const bool few_samples = samples < 2 * kMinPartsWithSums * max_codes;
+    return traversal.groups >= (few_samples ? kMinGroupsToShare : kManyGroups);
+  }
   // Of each group.
   int64_t count_parts() const {
     if (shares_groups()) return 1;
@@ -400,40 +406,32 @@ int64_t fill_cells(const T* values, int64_t count, int64_t step, T origin, T sca
   return most + step - 1;
 }
 
-// What the codes of a codebook allow. `ranges` holds the exact range of each row that is in order.
 template <class T>
-struct Survey {
-  bool has_nan;
-  bool in_order;
-  Range<T>* ranges;
-};
+bool has_nan(const CodebookView& codebook) {
+  const T* codes = codes_of<T>(codebook, 0);
+  int nans = 0;
+  for (int64_t code = 0; code < codebook.rows * codebook.stride; ++code) nans |= codes[code] != codes[code];
+  return nans != 0;
+}
 
+// Whether all rows are in order; fills `ranges` with the exact range of each that is.
 template <class T>
-Survey<T> survey_codebook(const KernelsFor<T>& kernels, const CodebookView& codebook, Workspace& workspace, int threads) {
-  std::atomic<bool> has_nan = false, in_order = true;
-  Range<T>* ranges = workspace.array<Range<T>>(codebook.rows);
+bool survey_order(const KernelsFor<T>& kernels, const CodebookView& codebook, int threads, Range<T>* ranges) {
+  std::atomic<bool> in_order = true;
   for_each_row(codebook, threads, [&](int64_t row, int64_t) {
-    const T* codes = codes_of<T>(codebook, row);
-    const int64_t count = codebook.num_codes(row);
-    const std::optional<Range<T>> exact = cpu::exact_range(codes, count, kernels.order_of);
-    if (exact) {
-      ranges[row] = *exact;
-      return;
-    }
-    in_order = false;
-    int nans = 0;
-    for (int64_t k = 0; k < count; ++k) nans |= codes[k] != codes[k];
-    if (nans) has_nan = true;
+    const std::optional<Range<T>> exact =
+        cpu::exact_range(codes_of<T>(codebook, row), codebook.num_codes(row), kernels.order_of);
+    ranges[row] = exact.value_or(Range<T>{});
+    if (!exact) in_order = false;
   });
-  return {has_nan, in_order, ranges};
+  return in_order;
 }
 
 template <class T>
 void build_cell_tables(const KernelsFor<T>& kernels, Work<T>& work, Workspace& workspace, const CellPlan& plan,
-                       const Survey<T>& survey, int threads) {
+                       bool in_order, Range<T>* ranges, int threads) {
   using Index = typename cpu::VectorIndex<T>::type;
   const CodebookView& codebook = work.codebook;
-  const bool in_order = survey.in_order;
   const int64_t rows = codebook.rows, stride = codebook.stride, cells = plan.cells;
   Index* starts = workspace.array<Index>(rows * cells);
   Index* lasts = workspace.array<Index>(rows);
@@ -450,7 +448,7 @@ void build_cell_tables(const KernelsFor<T>& kernels, Work<T>& work, Workspace& w
     if (!in_order) {
       count = sort_row(values, count, keys + piece * keys_each, sorted + row * stride, indices + row * stride);
       values = sorted + row * stride;
-      survey.ranges[row] = exact_range_of(kernels, values, count);
+      ranges[row] = exact_range_of(kernels, values, count);
     }
     const T width = values[count - 1] - values[0], scale = static_cast<T>(cells) / width;
     lasts[row] = static_cast<Index>(count - 1);
@@ -458,11 +456,11 @@ void build_cell_tables(const KernelsFor<T>& kernels, Work<T>& work, Workspace& w
     scales[row] = width > T(0) && std::isfinite(scale) ? scale : T(0);
     most_above[row] = fill_cells(values, count, plan.step, origins[row], scales[row], cells, starts + row * cells);
   });
-  build_ranges(work, workspace, kernels.lanes, [&](int64_t codebook_row) { return survey.ranges[codebook_row]; });
+  build_ranges(work, workspace, kernels.lanes, [&](int64_t codebook_row) { return ranges[codebook_row]; });
   const int64_t most = *std::max_element(most_above, most_above + rows);
   work.cells = {cells,
                 stride,
-                getenv("NOSTEP") ? 0 : static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most))),
+                static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most))),
                 starts,
                 in_order ? static_cast<const T*>(codebook.values) : sorted,
                 indices,
@@ -478,16 +476,27 @@ bool repays_sorting(const Plan& plan) {
   return samples >= enough && samples * codes >= enough * kMinCodesToSort;
 }
 
-// How the elements of a group are searched; the results do not depend on it.
+// The search for few codes; the results depend on neither choice.
 template <class T>
-Search choose_search(const Plan& plan, int64_t rows, const Survey<T>& survey) {
-  const bool sort = repays_sorting(plan);
+void prepare_few_codes(const KernelsFor<T>& kernels, Work<T>& work, Workspace& workspace, const Plan& plan) {
   // A NaN code makes every z of its row an exception, and the direct search knows none.
-  if (!plan.many_codes) return sort || survey.has_nan ? Search::kThresholds : Search::kDirect;
+  const bool sort = repays_sorting(plan) || has_nan<T>(work.codebook);
+  work.search = sort ? Search::kThresholds : Search::kDirect;
+  if (sort) return build_threshold_tables(kernels, work, workspace, plan.max_codes);
+  build_direct_tables(work, workspace, plan.lanes, plan.max_codes);
+}
+
+template <class T>
+void prepare_many_codes(const KernelsFor<T>& kernels, Work<T>& work, Workspace& workspace, const Plan& plan,
+                        int threads) {
+  const CellPlan cells = plan_cells(plan.samples, plan.max_codes);
   // Vector lanes hold 32-bit positions in the cell tables, and T must hold a cell's number exactly.
-  const int64_t positions = rows * std::max(plan_cells(plan.samples, plan.max_codes).cells, plan.max_codes);
+  const int64_t positions = work.codebook.rows * std::max(cells.cells, plan.max_codes);
   const bool fits = positions < std::numeric_limits<int32_t>::max() && plan.max_codes <= 1 << 22;
-  return (sort || survey.in_order) && fits ? Search::kCells : Search::kScan;
+  Range<T>* ranges = workspace.array<Range<T>>(work.codebook.rows);
+  const bool in_order = fits && survey_order(kernels, work.codebook, threads, ranges);
+  work.search = fits && (in_order || repays_sorting(plan)) ? Search::kCells : Search::kScan;
+  if (work.search == Search::kCells) build_cell_tables(kernels, work, workspace, cells, in_order, ranges, threads);
 }
 
 // Makes `work` the work on one group: its rows of the codebook, and the tables for its columns.
@@ -517,15 +526,8 @@ void prepare(const KernelsFor<T>& kernels, Work<T>& work, Workspace& workspace, 
     row = row + 1 < rows ? row + 1 : 0;
   }
   work.columns.codebook_rows = codebook_rows;
-  const Survey<T> survey = survey_codebook(kernels, work.codebook, workspace, threads);
-  work.search = choose_search(plan, rows, survey);
-  switch (work.search) {
-    case Search::kDirect: return build_direct_tables(work, workspace, lanes, plan.max_codes);
-    case Search::kThresholds: return build_threshold_tables(kernels, work, workspace, plan.max_codes);
-    case Search::kCells:
-      return build_cell_tables(kernels, work, workspace, plan_cells(plan.samples, plan.max_codes), survey, threads);
-    case Search::kScan: return;
-  }
+  if (plan.many_codes) return prepare_many_codes(kernels, work, workspace, plan, threads);
+  prepare_few_codes(kernels, work, workspace, plan);
 }
 
 // Calls body(work, group, workspace, threads) for every group, with `work` prepared.
@@ -538,7 +540,8 @@ void for_each_group(const KernelsFor<T>& kernels, const W& common, const Plan& p
     prepare(kernels, work, workspace, plan, codebook, group, group_threads);
     body(work, group, workspace, group_threads);
   };
-  if (plan.shares_groups()) return for_each_part(plan.traversal.groups, threads, [&](int64_t group) { visit(group, 1); });
+  if (plan.shares_groups())
+    return for_each_part(plan.traversal.groups, threads, [&](int64_t group) { visit(group, 1); });
   for (int64_t group = 0; group < plan.traversal.groups; ++group) visit(group, threads);
 }
 
@@ -666,17 +669,18 @@ void backward(const BackwardArguments& arguments, const KernelsFor<T>& kernels) 
   common.arguments = &arguments;
   common.residual_scale = static_cast<T>(scale * arguments.commitment_weight);
   common.stream = may_stream(plan, {arguments.grad_z}, arguments.value_type);
-  for_each_group(kernels, common, plan, codebook, arguments.threads,
-                 [&](const BackwardWork<T>& work, int64_t, Workspace& workspace, int threads) {
-                   if (!grad_codebook)
-                     return for_each_part(parts, threads, [&](int64_t part) { kernels.backward(part_of(work, part, parts)); });
-                   T* gradients = grad_codebook + work.first_row * codebook.stride;
-                   const int64_t scratch_size = count_row_sums(work, kernels.lanes);
-                   if (!plan.shares_groups())
-                     return sum_by_samples(work, workspace, kernels.backward, gradients, to_gradient, parts, scratch_size);
-                   const bool is_short = plan.samples <= cpu::kMaxAccumulations;
-                   sum_at_once(part_of(work, 0, 1), workspace, kernels.backward, gradients, to_gradient, is_short, scratch_size);
-                 });
+  for_each_group(
+      kernels, common, plan, codebook, arguments.threads,
+      [&](const BackwardWork<T>& work, int64_t, Workspace& workspace, int threads) {
+        if (!grad_codebook)
+          return for_each_part(parts, threads, [&](int64_t part) { kernels.backward(part_of(work, part, parts)); });
+        T* gradients = grad_codebook + work.first_row * codebook.stride;
+        const int64_t scratch_size = count_row_sums(work, kernels.lanes);
+        if (!plan.shares_groups())
+          return sum_by_samples(work, workspace, kernels.backward, gradients, to_gradient, parts, scratch_size);
+        const bool is_short = plan.samples <= cpu::kMaxAccumulations;
+        sum_at_once(part_of(work, 0, 1), workspace, kernels.backward, gradients, to_gradient, is_short, scratch_size);
+      });
 }
 
 }  // namespace
@@ -691,15 +695,13 @@ int64_t cpu::nearest_of_sorted(double z, const double* codes, const int64_t* ind
 
 void latent_quantize_forward(const ForwardArguments& arguments) {
   const Kernels& kernels = *active_kernels().load();
-  if (arguments.value_type == ValueType::kFloat64)
-    return forward(arguments, kernels.for_double);
+  if (arguments.value_type == ValueType::kFloat64) return forward(arguments, kernels.for_double);
   forward(arguments, kernels.for_float);
 }
 
 void latent_quantize_backward(const BackwardArguments& arguments) {
   const Kernels& kernels = *active_kernels().load();
-  if (arguments.value_type == ValueType::kFloat64)
-    return backward(arguments, kernels.for_double);
+  if (arguments.value_type == ValueType::kFloat64) return backward(arguments, kernels.for_double);
   backward(arguments, kernels.for_float);
 }
 

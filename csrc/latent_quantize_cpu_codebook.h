@@ -21,8 +21,8 @@ struct Range {
 };
 
 // The exact range of codes that are finite and each larger than the one before; nothing for others. Between two codes a
-// third one can tie only if its gap to the nearer of them is below the spacing of distances there, which are at most half
-// the gap between the two; beyond the ends, where the spacing has grown to the outermost gap.
+// third one can tie only if its gap to the nearer of them is below the spacing of distances there, which are at most
+// half the gap between the two; beyond the ends, where the spacing has grown to the outermost gap.
 template <class T>
 std::optional<Range<T>> exact_range(const T* codes, int64_t count, Order (*order_of)(const T*, int64_t)) {
   constexpr T kLimit = FloatLimits<T>::kMax / 4, kEpsilon = FloatLimits<T>::kEpsilon;

@@ -28,8 +28,8 @@ enum class Search {
   kCells,       // uniform cells, then a short binary search among many codes in order
 };
 
-// How the codes of a row follow one another: none if one is not larger than the one before, uneven if of two consecutive
-// gaps one is less than the spacing of floats at the other.
+// How the codes of a row follow one another: none if one is not larger than the one before, uneven if of two
+// consecutive gaps one is less than the spacing of floats at the other.
 enum class Order { kNone, kUneven, kEven };
 
 // A column is a group of `lanes` neighbouring elements whose latents are the same wherever the column occurs. Row r of
