@@ -6,9 +6,10 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <utility>
 
-#include "latent_quantize.h"
+#include "latent_quantize_cpu_kernels.h"
 
 namespace qlae::cpu {
 
@@ -19,32 +20,21 @@ struct Range {
   T high = -1;
 };
 
-// Whether the codes are finite and each is larger than the one before.
+// The exact range of codes that are finite and each larger than the one before; nothing for others. Between two codes a
+// third one can tie only if its gap to the nearer of them is below the spacing of distances there, which are at most
+// half the gap between the two; beyond the ends, where the spacing has grown to the outermost gap.
 template <class T>
-bool is_ascending(const T* codes, int64_t count) {
-  // Without an early end, so that the loop runs in vectors.
-  int unordered = !std::isfinite(codes[0]) | !std::isfinite(codes[count - 1]);
-  for (int64_t k = 1; k < count; ++k) unordered |= !(codes[k - 1] < codes[k]);
-  return unordered == 0;
-}
-
-// Between two codes a third one can tie only if its gap to the nearer of them is below the spacing of distances there,
-// which are at most half the gap between the two; beyond the ends, where the spacing has grown to the outermost gap.
-// `codes` are finite, ascending and distinct.
-template <class T>
-Range<T> exact_range(const T* codes, int64_t count) {
+std::optional<Range<T>> exact_range(const T* codes, int64_t count, Order (*order_of)(const T*, int64_t)) {
   constexpr T kLimit = FloatLimits<T>::kMax / 4, kEpsilon = FloatLimits<T>::kEpsilon;
-  if (!(std::max(std::abs(codes[0]), std::abs(codes[count - 1])) <= kLimit)) return {};
-  if (count == 1) return {-kLimit, kLimit};
-  int tied = 0;
-  for (int64_t k = 2; k < count; ++k) {
-    const T below = codes[k - 1] - codes[k - 2], above = codes[k] - codes[k - 1];
-    tied |= (below < kEpsilon * above) | (above < kEpsilon * below);
-  }
-  if (tied) return {};
+  const T first = codes[0], last = codes[count - 1];
+  if (!std::isfinite(first) || !std::isfinite(last)) return std::nullopt;
+  const Order order = order_of(codes, count);
+  if (order == Order::kNone) return std::nullopt;
+  if (order == Order::kUneven || !(std::max(std::abs(first), std::abs(last)) <= kLimit)) return Range<T>{};
+  if (count == 1) return Range<T>{-kLimit, kLimit};
   // Half of what the spacing allows, which covers the roundings here.
   const auto reach = [&](T gap) { return std::min(gap * (T(0.5) / kEpsilon), kLimit); };
-  return {codes[0] - reach(codes[1] - codes[0]), codes[count - 1] + reach(codes[count - 1] - codes[count - 2])};
+  return Range<T>{first - reach(codes[1] - first), last + reach(last - codes[count - 2])};
 }
 
 // A code as an unsigned number of the same order, and its index.

@@ -219,6 +219,24 @@ inline void finish_streaming() {
 #endif
 }
 
+template <class T>
+Order order_of(const T* codes, int64_t count) {
+  using S = Simd<T>;
+  constexpr T kEpsilon = FloatLimits<T>::kEpsilon;
+  typename S::I unordered{}, uneven{};
+  const auto compare = [&](typename S::V a, typename S::V b, typename S::V c) {
+    const auto below = b - a, above = c - b;
+    unordered |= ~((a < b) & (b < c));
+    uneven |= (below < above * kEpsilon) | (above < below * kEpsilon);
+  };
+  int64_t k = 0;
+  for (; k + S::kLanes + 2 <= count; k += S::kLanes)
+    compare(S::load(codes + k), S::load(codes + k + 1), S::load(codes + k + 2));
+  for (; k + 2 < count; ++k) compare(S::splat(codes[k]), S::splat(codes[k + 1]), S::splat(codes[k + 2]));
+  if (count == 2 && !(codes[0] < codes[1])) return Order::kNone;
+  return any(unordered) ? Order::kNone : any(uneven) ? Order::kUneven : Order::kEven;
+}
+
 // Vectors of one column at `offset`, `offset + stride`, ..., each with the same number of valid lanes.
 struct Span {
   int64_t column;
@@ -234,16 +252,14 @@ template <class T, class Visit, class Finish>
 inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   const Traversal& t = work.traversal;
-  const int64_t units_per_group = t.units / t.groups;
   if (!t.periodic) {
     const int64_t units_per_run = (t.segment + t.unit_length - 1) / t.unit_length;
     for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
-      const int64_t place = unit % units_per_group / units_per_run;
-      // A group is one latent, whose runs lie `columns` runs apart.
-      const int64_t run = t.groups == 1 ? place : place * t.columns + unit / units_per_group;
+      const int64_t place = unit / units_per_run, column = place % t.group_columns;
+      const int64_t run = place / t.group_columns * t.columns + work.first_column + column;
       const int64_t begin = (unit % units_per_run) * t.unit_length;
       const int64_t length = t.segment - begin < t.unit_length ? t.segment - begin : t.unit_length;
-      const int64_t column = run % t.columns, offset = run * t.segment + begin;
+      const int64_t offset = run * t.segment + begin;
       const int64_t full = length / kLanes, rest = length % kLanes;
       if (full) visit(Span{column, offset, kLanes, full, kLanes});
       if (rest) visit(Span{column, offset + full * kLanes, kLanes, 1, rest});
@@ -253,17 +269,14 @@ inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
   }
   const int64_t segments = t.size / t.segment;
   for (int64_t unit = work.unit_begin; unit < work.unit_end; ++unit) {
-    const int64_t first_column = unit / units_per_group * t.group_columns;
-    const int64_t group_end = first_column + t.group_columns;
-    const int64_t end_column = group_end < t.columns ? group_end : t.columns;
-    const int64_t first = unit % units_per_group * t.unit_length;
+    const int64_t first = unit * t.unit_length;
     const int64_t count = segments - first < t.unit_length ? segments - first : t.unit_length;
     // Segments far apart are searched together, so that each of the kUnroll streams runs through memory in order.
     const int64_t together = t.columns == 1 ? count : kUnroll;
     const int64_t apart = t.columns == 1 ? 1 : count / together;
     const auto visit_segments = [&](int64_t segment, int64_t stride, int64_t vectors) {
-      for (int64_t column = first_column; column < end_column; ++column) {
-        const int64_t begin = column * kLanes;
+      for (int64_t column = 0; column < work.num_columns; ++column) {
+        const int64_t begin = (work.first_column + column) * kLanes;
         const int64_t lanes = t.segment - begin < kLanes ? t.segment - begin : kLanes;
         visit(Span{column, segment * t.segment + begin, stride * t.segment, vectors, lanes});
       }
@@ -278,7 +291,7 @@ inline void for_each_span(const Work<T>& work, Visit visit, Finish finish) {
         visit(Span{begin / kLanes, segments * t.segment + begin, t.segment, 1, lanes});
       }
     }
-    finish(first_column, end_column, count + 1);
+    finish(0, work.num_columns, count + 1);
   }
 }
 
@@ -440,6 +453,60 @@ template <class T, Search kSearch>
   return match;
 }
 
+// nearest_code in vectors of codes. A NaN distance ends the search, so the definition itself takes such rows.
+template <class T>
+inline int64_t scan(T z, const T* codes, int64_t num_codes) {
+  using S = Simd<T>;
+  using Index = typename S::Index;
+  if (num_codes < S::kLanes || !(z - z == T(0))) return nearest_code(z, codes, num_codes);
+  const auto wanted = S::splat(z);
+  auto index = S::lane_numbers();
+  auto nearest = index;
+  auto smallest = S::absolute(wanted - S::load(codes));
+  auto ordered = smallest == smallest;
+  const auto compare = [&](int64_t first) {
+    const auto distance = S::absolute(wanted - S::load(codes + first));
+    const auto closer = distance < smallest;
+    smallest = closer ? distance : smallest;
+    nearest = closer ? index : nearest;
+    ordered &= distance == distance;
+  };
+  int64_t first = S::kLanes;
+  for (; first + S::kLanes <= num_codes; first += S::kLanes) {
+    index += S::splat(Index{S::kLanes});
+    compare(first);
+  }
+  // The last vector begins early: codes seen before do not win again.
+  if (first < num_codes) {
+    index = S::lane_numbers() + S::splat(static_cast<Index>(num_codes - S::kLanes));
+    compare(num_codes - S::kLanes);
+  }
+  if (any(~ordered)) return nearest_code(z, codes, num_codes);
+  T least = smallest[0];
+  for (int lane = 1; lane < S::kLanes; ++lane) least = smallest[lane] < least ? smallest[lane] : least;
+  // Without branches: which lane has it cannot be foretold.
+  const auto candidates = smallest == S::splat(least) ? nearest : S::splat(std::numeric_limits<Index>::max());
+  Index best = candidates[0];
+  for (int lane = 1; lane < S::kLanes; ++lane) best = candidates[lane] < best ? candidates[lane] : best;
+  return best;
+}
+
+template <class T>
+[[gnu::noinline]] Match<T> search_scan(const Work<T>& work, int64_t column, int64_t lanes, typename Simd<T>::V z) {
+  using S = Simd<T>;
+  const T* codes = static_cast<const T*>(work.codebook.values);
+  Match<T> match{};
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int64_t codebook_row = work.columns.codebook_rows[column * S::kLanes + lane];
+    const T* row = codes + codebook_row * work.codebook.stride;
+    const int64_t nearest = scan<T>(z[lane], row, work.codebook.num_codes(codebook_row));
+    const bool finite = z[lane] - z[lane] == T(0);
+    match.index[lane] = static_cast<typename S::Index>(nearest);
+    match.quantized[lane] = finite ? row[nearest] : std::numeric_limits<T>::quiet_NaN();
+  }
+  return match;
+}
+
 // Returns true when some lane lay outside the exact range, so that its index may stand in no table row.
 template <class T, Search kSearch, int kCount>
 [[gnu::always_inline]] inline bool search(const Work<T>& work, int64_t column, int64_t lanes, Group<T, kCount>& group) {
@@ -449,6 +516,14 @@ template <class T, Search kSearch, int kCount>
       search_direct<T, kCount, false>(work, column, group);
     } else {
       search_direct<T, kCount, true>(work, column, group);
+    }
+    return false;
+  } else if constexpr (kSearch == Search::kScan) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kCount; ++n) {
+      const Match<T> match = search_scan<T>(work, column, lanes, group.z[n]);
+      group.quantized[n] = match.quantized;
+      group.index[n] = match.index;
     }
     return false;
   } else {
@@ -556,9 +631,9 @@ struct Backward {
 
   void add_to_code(int64_t code, T sum) {
     if (work.short_sums) {
-      work.short_sums[code - work.first_code] += sum;
+      work.short_sums[code] += sum;
     } else {
-      work.residual_sums[code - work.first_code] += sum;
+      work.residual_sums[code] += sum;
     }
   }
 
@@ -607,11 +682,12 @@ struct Backward {
     }
   }
 
-  void flush(int64_t begin, int64_t end) {
+  void flush(int64_t begin_column, int64_t end_column) {
     const ColumnTables<T>& tables = work.columns;
-    for (int64_t column = begin; column < end; ++column) {
+    for (int64_t column = begin_column; column < end_column; ++column) {
       // Lanes beyond a period belong to no latent.
-      const int64_t left = work.traversal.periodic ? work.traversal.segment - column * S::kLanes : S::kLanes;
+      const int64_t begin = (work.first_column + column) * S::kLanes;
+      const int64_t left = work.traversal.periodic ? work.traversal.segment - begin : S::kLanes;
       const int64_t lanes = left < S::kLanes ? left : S::kLanes;
       for (int64_t row = 0; row < tables.rows; ++row) {
         const int64_t at = (column * tables.rows + row) * S::kLanes;
@@ -653,6 +729,7 @@ inline void run_search(const W& work) {
   switch (work.search) {
     case Search::kDirect: return Kernel<E, Search::kDirect>{work}.run();
     case Search::kThresholds: return Kernel<E, Search::kThresholds>{work}.run();
+    case Search::kScan: return Kernel<E, Search::kScan>{work}.run();
     case Search::kCells: return Kernel<E, Search::kCells>{work}.run();
   }
 }
@@ -675,11 +752,10 @@ void run_double(const W& work) {
 
 const Kernels QLAE_KERNELS = {
     QLAE_KERNELS_NAME,
-    kVectorBytes,
-    run_float<Forward, ForwardWork<float>>,
-    run_double<Forward, ForwardWork<double>>,
-    run_float<Backward, BackwardWork<float>>,
-    run_double<Backward, BackwardWork<double>>,
+    {Simd<float>::kLanes, order_of<float>, run_float<Forward, ForwardWork<float>>,
+     run_float<Backward, BackwardWork<float>>},
+    {Simd<double>::kLanes, order_of<double>, run_double<Forward, ForwardWork<double>>,
+     run_double<Backward, BackwardWork<double>>},
 };
 
 }  // namespace qlae::cpu

@@ -19,12 +19,18 @@ struct VectorIndex<double> {
   using type = int64_t;
 };
 
-// How a vector of z finds its codes; docs/latent_quantize.md derives all three and proves them exact.
+// How a vector of z finds its codes; docs/latent_quantize.md derives them and proves them exact. Few codes are compared
+// in a table with an entry for every lane.
 enum class Search {
-  kDirect,      // compare the distance to every code: nothing to prepare, for small inputs
-  kThresholds,  // compare z to the exact boundary of each gap: least work per element, for few codes
-  kCells,       // uniform cells, then a short binary search among sorted codes: for many codes
+  kDirect,      // compare the distance to each of few codes: hardly anything to prepare, for small inputs
+  kThresholds,  // compare z to the exact boundary of each gap between few codes: least work per element
+  kScan,        // compare the distance to each of many codes, in vectors of codes: nothing to prepare
+  kCells,       // uniform cells, then a short binary search among many codes in order
 };
+
+// How the codes of a row follow one another: none if one is not larger than the one before, uneven if of two
+// consecutive gaps one is less than the spacing of floats at the other.
+enum class Order { kNone, kUneven, kEven };
 
 // A column is a group of `lanes` neighbouring elements whose latents are the same wherever the column occurs. Row r of
 // a column's table holds, per lane, a code and, for kThresholds, its index in the codebook (-1 in padding) and the
@@ -49,7 +55,7 @@ struct CellTables {
   using Index = typename VectorIndex<T>::type;
   int64_t cells;
   int64_t stride;
-  int64_t first_step;    // largest power of two <= the largest number of codes in one cell; 0 if none
+  int64_t first_step;    // largest power of two <= how far above its cell's start a code below z can be; 0 if nowhere
   const Index* starts;   // [codebook rows, cells]: the last code in an earlier cell, or 0
   const T* values;       // [codebook rows, stride]; the codebook itself where it is in order
   const Index* indices;  // [codebook rows, stride]; null where the codebook is in order
@@ -62,7 +68,7 @@ struct CellTables {
 // `unit_length` segments. Runs: memory is a sequence of runs of `segment` elements of one latent, whose column is the
 // latent; a unit is up to `unit_length` elements of one run.
 // Where the tables of all columns would leave the cache, columns are visited in `groups` of `group_columns`, each over
-// all of memory before the next: the units of one group follow one another.
+// all of memory, in `units` units. Two groups share no latent.
 struct Traversal {
   bool periodic;
   int64_t size;
@@ -74,10 +80,14 @@ struct Traversal {
   int64_t group_columns;
 };
 
+// The work on one group: columns, rows of tables and rows of the codebook are counted from the group's first.
 template <class T>
 struct Work {
   Search search;
   Traversal traversal;
+  int64_t first_column;
+  int64_t num_columns;
+  int64_t first_row;
   ColumnTables<T> columns;
   CellTables<T> cells;
   CodebookView codebook;
@@ -99,9 +109,8 @@ struct BackwardWork : Work<T> {
   const BackwardArguments* arguments;
   // What multiplies (z - quantized) in grad_z.
   T residual_scale;
-  // Sums of (z - code) per code from `first_code` of [rows, stride] on, in float64, or in T where no code can receive
-  // more than kMaxAccumulations values; both null when no codebook gradient is wanted.
-  int64_t first_code;
+  // Sums of (z - code) per code, [rows, stride], in float64, or in T where no code can receive more than
+  // kMaxAccumulations values; both null when no codebook gradient is wanted.
   double* residual_sums;
   T* short_sums;
   // Sums per table row and lane, [columns, rows, lanes], zero on entry; null where they would cost more than they save.
@@ -112,13 +121,18 @@ struct BackwardWork : Work<T> {
 int64_t nearest_of_sorted(float z, const float* codes, const int32_t* indices, int64_t count);
 int64_t nearest_of_sorted(double z, const double* codes, const int64_t* indices, int64_t count);
 
+template <class T>
+struct KernelsFor {
+  int64_t lanes;
+  Order (*order_of)(const T* codes, int64_t count);
+  void (*forward)(const ForwardWork<T>&);
+  void (*backward)(const BackwardWork<T>&);
+};
+
 struct Kernels {
   const char* name;
-  int64_t vector_bytes;
-  void (*forward_float)(const ForwardWork<float>&);
-  void (*forward_double)(const ForwardWork<double>&);
-  void (*backward_float)(const BackwardWork<float>&);
-  void (*backward_double)(const BackwardWork<double>&);
+  KernelsFor<float> for_float;
+  KernelsFor<double> for_double;
 };
 
 extern const Kernels kBaselineKernels;

@@ -326,6 +326,8 @@ void run_type() {
     run_case<E>({{40, 70, 3}, 1000, codes, false, false, true, IndexType::kInt32, 0, 1, true});
     run_case<E>({{2, 60, 67}, 1000, codes, false, false, true, IndexType::kInt64, 1, 2, true});
   }
+  // Groups with so many samples that threads divide these, not the groups.
+  run_case<E>({{6000, 72, 1}, 600, Codes::kUnsorted, false, false, true, IndexType::kInt16, 0, 2, true});
   run_case<E>({{30, 1030, 1}, 16, Codes::kUnsorted, false, true, true, IndexType::kInt16, 0, 2, true});
   run_case<E>({{600, 1030, 1}, 12, Codes::kUnsorted, false, false, true, IndexType::kInt16, 0, 2, true});
   // Outputs large enough for non-temporal stores, with and without whole vectors.
