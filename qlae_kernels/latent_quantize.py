@@ -132,7 +132,7 @@ def latent_quantize(
         from qlae_kernels.latent_quantize_ops import traced_latent_quantize
 
         return LatentQuantizerOutput._make(traced_latent_quantize(z, codebook, Options._make(options)))
-    contiguous = z.layout is torch.strided and z.is_contiguous() and not z.is_neg()
+    contiguous = z.is_contiguous() and not z.is_neg()
     if not contiguous:
         check_strided("z", z)
         z = as_dense(z)
@@ -201,26 +201,33 @@ class LatentQuantizeFunction(torch.autograd.Function):
             # Straight-through alone: z receives the gradient of `quantized` as it is, the codebook none.
             return grad_quantized if need_grad_z else None, None, None
         call = ctx.call
-        if is_dynamo_compiling() or are_functorch_transforms_active() or are_gradients_batched():
-            # Many gradients at a time, or compiled autograd: as in `latent_quantize`, an op is to be seen.
-            from qlae_kernels.latent_quantize_ops import op_gradients
-
-            gradients = op_gradients(
-                z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook, call.options
-            )
-            return (*gradients, None)
+        traced = is_dynamo_compiling() or are_functorch_transforms_active()
         usual = (
             ctx.plain
+            and not traced
             and grad_quantized is not None
             and grad_quantized.is_contiguous()
             and not (grad_quantized.is_neg() or grad_loss.is_neg() or torch.is_grad_enabled())
         )
         if usual:
             # What `gradients_of` comes to, without its calls: they are 2 % of a small batch's time.
-            return (
-                *call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
-                None,
+            try:
+                return (
+                    *call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
+                    None,
+                )
+            except RuntimeError:
+                # Batched gradients have no memory. To ask for them here only costs the usual call nothing.
+                if not are_gradients_batched():
+                    raise
+        if traced or are_gradients_batched():
+            # Compiled autograd, or many gradients at a time: as in `latent_quantize`, an op is to be seen.
+            from qlae_kernels.latent_quantize_ops import op_gradients
+
+            gradients = op_gradients(
+                z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook, call.options
             )
+            return (*gradients, None)
         gradients = gradients_of(call, z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
         return (*gradients, None)
 

@@ -807,12 +807,6 @@ def test_errors_name_what_was_given_and_what_is_wanted(
             assert word.replace("{device}", str(device_of(backend))) in str(caught.value)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN")
-def test_a_tensor_of_onednn_is_named() -> None:
-    with pytest.raises(TypeError, match=r"z must be a dense tensor .* got layout torch\._mkldnn"):
-        qlae_kernels.latent_quantize(Z.to_mkldnn(), CODEBOOK)
-
-
 def test_an_index_dtype_that_just_fits(backend: str) -> None:
     latent_quantize(torch.zeros(2, 1), torch.zeros(1, 256), index_dtype=torch.uint8, backend=backend)
     latent_quantize(torch.zeros(2, 1), torch.zeros(1, 32768), index_dtype=torch.int16, backend=backend)
