@@ -12,21 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlae_kernels import available_backends, latent_quantize_cpu
-from qlae_kernels.backends import BACKENDS
+from qlae_kernels import latent_quantize_cpu
 
-# For `latent_quantize_statement` and `on_device`, which the tests of this folder share.
+# For the modules that the tests of this folder share.
 sys.path.insert(0, str(Path(__file__).parent))
 
-INSTRUCTION_SETS = latent_quantize_cpu.instruction_sets() if "cpu" in available_backends() else ()
-EMULATED = "cuda-emulated"
-# The kernels sort the codebook for large inputs only; sorted from the first sample on, small ones show every search.
-VARIANTS = [name for name in available_backends() if name != "cpu"] + [
-    f"cpu-{name}{sorting}" for name in INSTRUCTION_SETS for sorting in ("", "-sorted")
-]
-# In triton's interpreter only triton is of interest.
-if "cpu" not in BACKENDS["triton"].DEVICE_TYPES:
-    VARIANTS.append(EMULATED)
+from backend_variants import EMULATED, INSTRUCTION_SETS, VARIANTS
 
 
 @contextmanager

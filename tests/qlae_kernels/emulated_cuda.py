@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pybind11
+from backend_variants import EMULATED
 
 from qlae_kernels import backends, latent_quantize_cuda
 
-NAME = "cuda-emulated"
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 NATIVE = ROOT / "tests" / "native"
@@ -89,16 +89,16 @@ def forget_calls() -> None:
 def registered(module: types.ModuleType) -> Iterator[str]:
     """The name of the backend that runs the kernels of `module` on CPU tensors; it exists inside the block only."""
     names = backends.NAMES
-    backends.BACKENDS[NAME] = types.SimpleNamespace(
+    backends.BACKENDS[EMULATED] = types.SimpleNamespace(
         DEVICE_TYPES=("cpu",),
         unavailable_reason=lambda: None,
         prepare=functools.partial(latent_quantize_cuda.prepare_with, module),
     )
     backends.NAMES = ("auto", *backends.BACKENDS)
     try:
-        yield NAME
+        yield EMULATED
     finally:
-        del backends.BACKENDS[NAME]
+        del backends.BACKENDS[EMULATED]
         backends.NAMES = names
         forget_calls()
 

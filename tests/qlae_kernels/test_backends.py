@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from backend_variants import ONCE, VARIANTS
 
 from qlae_kernels import available_backends, latent_quantize, latent_quantize_cpu
-from qlae_kernels.backends import unavailable_reason
+from qlae_kernels.backends import BACKENDS, unavailable_reason
 
 QUANTIZE = "latent_quantize(torch.zeros(4, 3), torch.zeros(3, 5){})"
 
@@ -39,6 +40,19 @@ def test_a_gpu_is_served_by_kernels_and_only_where_there_is_one() -> None:
         assert "triton" not in available_backends() or os.environ.get("TRITON_INTERPRET") == "1"
     elif importlib.util.find_spec("triton") is not None:
         assert "triton" in available_backends()
+
+
+# What runs a backend's kernels on the CPU.
+STAND_INS = {"cuda": "the backend cuda-emulated", "triton": "triton's interpreter, where triton is installed"}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_shared_tests_run_on_every_backend(name: str) -> None:
+    reason = unavailable_reason(name)
+    if reason is not None:
+        pytest.skip(f"no test runs on the backend {name}: {reason}. Its kernels are run by {STAND_INS[name]}")
+    assert name in ONCE
+    assert name in {variant.split("-")[0] for variant in VARIANTS}
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

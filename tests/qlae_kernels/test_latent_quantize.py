@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from backend_variants import each_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latent_quantize_statement import (
@@ -794,17 +795,17 @@ ERRORS = [
 ]
 
 
+@each_backend
 @pytest.mark.parametrize(
     ("arguments", "error", "named"), ERRORS, ids=[f"{'-'.join(row[0])}-{number}" for number, row in enumerate(ERRORS)]
 )
 def test_errors_name_what_was_given_and_what_is_wanted(
-    arguments: dict[str, object], error: type[Exception], named: list[str]
+    backend: str, arguments: dict[str, object], error: type[Exception], named: list[str]
 ) -> None:
-    for backend in available_backends():
-        with pytest.raises(error) as caught:
-            latent_quantize(**({"z": Z, "codebook": CODEBOOK, "backend": backend} | arguments))
-        for word in named:
-            assert word.replace("{device}", str(device_of(backend))) in str(caught.value)
+    with pytest.raises(error) as caught:
+        latent_quantize(**({"z": Z, "codebook": CODEBOOK, "backend": backend} | arguments))
+    for word in named:
+        assert word.replace("{device}", str(device_of(backend))) in str(caught.value)
 
 
 def test_an_index_dtype_that_just_fits(backend: str) -> None:

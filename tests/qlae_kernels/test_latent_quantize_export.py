@@ -10,7 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from backend_variants import ONCE
 from latent_quantize_statement import assert_same_bits, codes_at, nearest
+from on_device import device_of
 from torch import Tensor, nn
 
 from qlae.config import TrainConfig
@@ -33,7 +35,7 @@ class Entry(nn.Module):
 
 def entries(quantizer: FusedLatentQuantizer) -> dict[str, tuple[nn.Module, Tensor]]:
     """What is exported of a quantizer, with an example of its argument."""
-    z = torch.randn(6, quantizer.num_latents)
+    z = torch.randn(6, quantizer.num_latents, device=quantizer.codebook.device)
     indices = quantizer.encode(z)
     return {
         "forward": (quantizer, z),
@@ -68,11 +70,18 @@ def assert_same_results(got: object, want: object) -> None:
 
 
 @pytest.mark.parametrize(("levels", "strict"), [(5, False), ([4, 1, 5], True)], ids=["traced", "strict-ragged"])
-@pytest.mark.parametrize("name", entries(FusedLatentQuantizer(1)))
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    # What calls no backend is the same for all.
+    [(backend, name) for backend in ONCE for name in ("forward", "encode")]
+    + [("auto", name) for name in ("decode", "pack", "unpack")],
+    indirect=["backend"],
+)
 def test_an_exported_program_is_saved_and_loaded(
-    tmp_path: Path, name: str, levels: int | list[int], strict: bool
+    tmp_path: Path, backend: str, name: str, levels: int | list[int], strict: bool
 ) -> None:
-    module, example = entries(FusedLatentQuantizer(3, levels))[name]
+    quantizer = FusedLatentQuantizer(3, levels, backend=backend, device=device_of(backend))
+    module, example = entries(quantizer)[name]
     program = torch.export.export(module, (example,), dynamic_shapes=({0: BATCH},), strict=strict)
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()

@@ -4,16 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backend_variants import each_backend
 from latent_quantize_statement import assert_same_bits, assert_within, gradients, nearest, quantized_at
 from on_device import device_of
 from torch import Tensor, nn
 
-from qlae_kernels import FusedLatentQuantizer, available_backends
+from qlae_kernels import FusedLatentQuantizer
 from qlae_kernels.latent_quantize_ops import latent_quantize_op
 
 WEIGHTS = {"quantization_weight": 0.75, "commitment_weight": 0.25}
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-backends = pytest.mark.parametrize("backend", available_backends())
 
 
 def called(quantizer: FusedLatentQuantizer, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def latents(dtype: torch.dtype, backend: str) -> Tensor:
 
 @halves
 @paths
-@backends
+@each_backend
 def test_under_autocast_codes_stay_in_float32(backend: str, path: Path, dtype: torch.dtype) -> None:
     device = device_of(backend)
     quantizer = FusedLatentQuantizer(3, 1000, backend=backend, device=device, **WEIGHTS)
@@ -63,7 +63,7 @@ def test_under_autocast_codes_stay_in_float32(backend: str, path: Path, dtype: t
 
 @halves
 @paths
-@backends
+@each_backend
 def test_a_half_module_computes_in_float32(backend: str, path: Path, dtype: torch.dtype) -> None:
     quantizer = FusedLatentQuantizer(3, 10, backend=backend, device=device_of(backend), **WEIGHTS).to(dtype)
     z = latents(dtype, backend).requires_grad_()
@@ -82,7 +82,7 @@ def test_a_half_module_computes_in_float32(backend: str, path: Path, dtype: torc
 
 
 @paths
-@backends
+@each_backend
 def test_a_scaled_loss_does_not_overflow(backend: str, path: Path) -> None:
     # The scale passes float16's largest value, 65504; the gradients that it leads to do not.
     scale = 2.0**20
@@ -97,7 +97,7 @@ def test_a_scaled_loss_does_not_overflow(backend: str, path: Path) -> None:
 
 
 @halves
-@backends
+@each_backend
 def test_packed_indices_are_exact(backend: str, dtype: torch.dtype) -> None:
     quantizer = FusedLatentQuantizer(3, 1000, backend=backend, device=device_of(backend))
     indices = (
@@ -115,7 +115,7 @@ def test_packed_indices_are_exact(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(quantizer.encode(quantizer.decode(indices)), indices)
 
 
-@backends
+@each_backend
 def test_grad_scaler_steps_like_an_unscaled_optimizer(backend: str) -> None:
     device = device_of(backend)
     codebooks = []

@@ -1,12 +1,13 @@
 """The ops as torch.library sees them, and calls that are traced: compiled, exported, with fake tensors."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from backend_variants import EMULATED, ONCE, each_backend
 from latent_quantize_statement import VALUE_DTYPES, assert_same_bits, assert_within, compute_dtype, gradients
 from on_device import call_on, device_of, latent_quantize, on_backend
 from torch import Tensor, nn
@@ -18,13 +19,12 @@ from torch._subclasses import FakeTensorMode
 import qlae_kernels
 from qlae.config import TrainConfig
 from qlae.methods import build_method
-from qlae_kernels import FusedLatentQuantizer, available_backends
+from qlae_kernels import FusedLatentQuantizer
 from qlae_kernels import backends as backends_module
 from qlae_kernels.latent_quantize_ops import latent_quantize_backward_op, latent_quantize_op
 
 WEIGHTS = {"quantization_weight": 0.75, "commitment_weight": 0.25}
 WEIGHT_VALUES = tuple(WEIGHTS.values())
-backends = pytest.mark.parametrize("name", available_backends())
 
 
 @pytest.fixture(autouse=True)
@@ -56,67 +56,70 @@ def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 dtypes = pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-# The dtypes of `reference` come to the same dispatch.
+# Every dtype in every layout where kernels run on the device that they are for, each dtype and each layout where they
+# are emulated. The dtypes of `reference` come to the same dispatch.
 opchecked = pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("backend", "dtype", "layout"),
     [
-        (name, dtype)
-        for name in available_backends()
-        for dtype in (VALUE_DTYPES if name != "reference" else VALUE_DTYPES[:1])
+        (backend, dtype, layout)
+        for backend in ONCE
+        for dtype in VALUE_DTYPES
+        for layout in layouts(dtype)
+        if backend in ("cpu", "cuda", "triton")
+        or dtype is torch.float32
+        or (backend == EMULATED and layout == "contiguous")
     ],
     ids=lambda value: str(value).removeprefix("torch."),
+    indirect=["backend"],
 )
-layout_names = pytest.mark.parametrize("layout", layouts(torch.float32))
 
 
 @opchecked
-@layout_names
-def test_opcheck_of_the_forward_op(name: str, dtype: torch.dtype, layout: str) -> None:
-    z = on_backend(layouts(dtype)[layout], name)
-    codebook = on_backend(problem((4, 3), dtype)[1], name)
-    arguments = (z.requires_grad_(), codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+def test_opcheck_of_the_forward_op(backend: str, dtype: torch.dtype, layout: str) -> None:
+    z = on_backend(layouts(dtype)[layout], backend)
+    codebook = on_backend(problem((4, 3), dtype)[1], backend)
+    arguments = (z.requires_grad_(), codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, backend)
     torch.library.opcheck(latent_quantize_op, arguments)
 
 
-@backends
+@each_backend
 @dtypes
-def test_opcheck_of_the_forward_op_with_other_arguments(name: str, dtype: torch.dtype) -> None:
+def test_opcheck_of_the_forward_op_with_other_arguments(backend: str, dtype: torch.dtype) -> None:
     # No indices, ragged levels, a negative channel_dim, a codebook of another dtype.
-    z, codebook = (on_backend(tensor, name) for tensor in problem((5, 3), dtype))
-    arguments = (z, codebook.half(), [10, 2, 5], -1, *WEIGHT_VALUES, torch.uint8, False, name)
+    z, codebook = (on_backend(tensor, backend) for tensor in problem((5, 3), dtype))
+    arguments = (z, codebook.half(), [10, 2, 5], -1, *WEIGHT_VALUES, torch.uint8, False, backend)
     torch.library.opcheck(latent_quantize_op, arguments)
 
 
 @opchecked
-@layout_names
-def test_opcheck_of_the_backward_op(name: str, dtype: torch.dtype, layout: str) -> None:
+def test_opcheck_of_the_backward_op(backend: str, dtype: torch.dtype, layout: str) -> None:
     z, codebook = layouts(dtype)[layout], problem((4, 3), dtype)[1].detach()
     grad_loss = torch.ones((), dtype=compute_dtype(dtype))
     tensors = (z, codebook if layout != "strided" else codebook.half(), torch.randn(z.shape).to(dtype), grad_loss)
-    placed = (on_backend(tensor, name).requires_grad_() for tensor in tensors)
-    options = (None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    placed = (on_backend(tensor, backend).requires_grad_() for tensor in tensors)
+    options = (None, 1, *WEIGHT_VALUES, torch.int32, True, backend)
     torch.library.opcheck(latent_quantize_backward_op, (*placed, True, True, *options))
 
 
-@backends
-def test_gradgradcheck_of_the_op(name: str) -> None:
+@each_backend
+def test_gradgradcheck_of_the_op(backend: str) -> None:
     codebook = torch.tensor([[-1.0, 0.0, 1.0, 3.0], [2.0, 0.5, -1.0, -2.0]], dtype=torch.float64)
     # Far from the midpoints between codes, where indices jump.
     z = torch.tensor([[0.2, 0.7], [-1.3, -0.8], [2.6, 1.9], [0.1, -2.4], [1.1, 0.4]], dtype=torch.float64)
-    z, codebook = (on_backend(tensor.requires_grad_(), name) for tensor in (z, codebook))
+    z, codebook = (on_backend(tensor.requires_grad_(), backend) for tensor in (z, codebook))
 
     def values_and_loss(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        return latent_quantize_op(z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)[0::2]
+        return latent_quantize_op(z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, backend)[0::2]
 
     assert torch.autograd.gradgradcheck(values_and_loss, (z, codebook))
 
 
-@backends
-def test_the_op_has_the_values_and_gradients_of_the_function(name: str) -> None:
+@each_backend
+def test_the_op_has_the_values_and_gradients_of_the_function(backend: str) -> None:
     z, codebook = problem((40, 3))
-    output = latent_quantize(z, codebook, backend=name, **WEIGHTS)
-    arguments = (z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
-    results = call_on(device_of(name), latent_quantize_op, *arguments)
+    output = latent_quantize(z, codebook, backend=backend, **WEIGHTS)
+    arguments = (z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, backend)
+    results = call_on(device_of(backend), latent_quantize_op, *arguments)
     for got, want in zip(results, output, strict=True):
         assert_same_bits(got, want)
     weight = torch.randn(40, 3)
@@ -127,12 +130,12 @@ def test_the_op_has_the_values_and_gradients_of_the_function(name: str) -> None:
         assert_within(grad_codebook, expected.grad_codebook, expected.grad_codebook_bound)
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize(("use_quantized", "use_loss"), [(True, False), (False, True)])
-def test_one_output_of_the_op_may_go_unused(name: str, use_quantized: bool, use_loss: bool) -> None:
+def test_one_output_of_the_op_may_go_unused(backend: str, use_quantized: bool, use_loss: bool) -> None:
     z, codebook = problem((40, 3))
-    arguments = (z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, name)
-    quantized, _, loss = call_on(device_of(name), latent_quantize_op, *arguments)
+    arguments = (z, codebook, None, 1, *WEIGHT_VALUES, torch.int32, True, backend)
+    quantized, _, loss = call_on(device_of(backend), latent_quantize_op, *arguments)
     weight = torch.randn(40, 3)
     expected = gradients(z, codebook, weight if use_quantized else None, float(use_loss), **WEIGHTS)
     ((quantized * weight).sum() if use_quantized else loss).backward()
@@ -143,18 +146,18 @@ def test_one_output_of_the_op_may_go_unused(name: str, use_quantized: bool, use_
         assert codebook.grad is None
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("with_grad_quantized", [True, False])
 @pytest.mark.parametrize(("need_z", "need_codebook"), [(True, False), (False, True)])
 def test_the_backward_op_makes_what_is_needed(
-    name: str, need_z: bool, need_codebook: bool, with_grad_quantized: bool
+    backend: str, need_z: bool, need_codebook: bool, with_grad_quantized: bool
 ) -> None:
     z, codebook = problem((40, 3))
     weight = torch.randn(40, 3) if with_grad_quantized else None
     expected = gradients(z, codebook, weight, 3.0, **WEIGHTS)
     tensors = (z, codebook, weight, torch.tensor(3.0))
-    placed = [None if tensor is None else on_backend(tensor.detach(), name) for tensor in tensors]
-    options = (None, 1, *WEIGHT_VALUES, torch.int32, True, name)
+    placed = [None if tensor is None else on_backend(tensor.detach(), backend) for tensor in tensors]
+    options = (None, 1, *WEIGHT_VALUES, torch.int32, True, backend)
     grad_z, grad_codebook = latent_quantize_backward_op(*placed, need_z, need_codebook, *options)
     if need_z:
         assert_within(grad_z.cpu(), expected.grad_z, expected.grad_z_bound)
@@ -264,15 +267,15 @@ def test_a_weight_in_a_compiled_call_is_a_number() -> None:
         compiled(torch.tensor(0.5))
 
 
-@backends
-def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(name: str) -> None:
-    codebook = on_backend(problem((4, 3))[1], name)
-    for z in (on_backend(layout, name) for layout in layouts(torch.float32).values()):
-        want = qlae_kernels.latent_quantize(z, codebook, index_dtype=torch.int16, backend=name)
+@each_backend
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(backend: str) -> None:
+    codebook = on_backend(problem((4, 3))[1], backend)
+    for z in (on_backend(layout, backend) for layout in layouts(torch.float32).values()):
+        want = qlae_kernels.latent_quantize(z, codebook, index_dtype=torch.int16, backend=backend)
         mode = FakeTensorMode()
         fake_z, fake_codebook = (mode.from_tensor(tensor.detach()) for tensor in (z, codebook))
         with mode:
-            got = qlae_kernels.latent_quantize(fake_z, fake_codebook, index_dtype=torch.int16, backend=name)
+            got = qlae_kernels.latent_quantize(fake_z, fake_codebook, index_dtype=torch.int16, backend=backend)
         for one, other in zip(got, want, strict=True):
             assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
             assert one.device == other.device
@@ -281,10 +284,10 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(name: str) -> Non
 class Autoencoder(nn.Module):
     """A quantizer between two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "auto") -> None:
         super().__init__()
         self.encoder = nn.Linear(8, 3)
-        self.quantizer = FusedLatentQuantizer(3, [10, 4, 7], **WEIGHTS)
+        self.quantizer = FusedLatentQuantizer(3, [10, 4, 7], backend=backend, **WEIGHTS)
         self.decoder = nn.Linear(3, 8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -293,64 +296,66 @@ class Autoencoder(nn.Module):
         return (self.decoder(quantized) - x).square().mean() + loss, indices, quantized, z
 
 
+def assert_steps_alike(compiled: Callable[[Tensor], tuple[Tensor, ...]], model: Autoencoder, batch: int) -> None:
+    """A compiled training step equals the eager one."""
+    x = torch.randn(batch, 8, device=model.encoder.weight.device)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        objective, indices, quantized, z = run(x)
+        objective.backward()
+        results.append((indices, quantized, objective, z, [p.grad.clone() for p in model.parameters()]))
+    (eager, fused) = results
+    # The layer before the quantizer may be rounded otherwise when compiled; here it is not.
+    assert_same_bits(fused[3], eager[3])
+    assert_same_bits(fused[0], eager[0])
+    assert_same_bits(fused[1], eager[1])
+    torch.testing.assert_close(fused[2], eager[2])
+    for one, other in zip(fused[4], eager[4], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiled_training_step_equals_the_eager_one() -> None:
     torch.manual_seed(0)
     model = Autoencoder()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for batch in (600, 701, 4000):
-        x = torch.randn(batch, 8)
-        results = []
-        for run in (model, compiled):
-            model.zero_grad()
-            objective, indices, quantized, z = run(x)
-            objective.backward()
-            results.append((indices, quantized, objective, z, [p.grad.clone() for p in model.parameters()]))
-        (eager, fused) = results
-        # The layer before the quantizer may be rounded otherwise when compiled; here it is not.
-        assert_same_bits(fused[3], eager[3])
-        assert_same_bits(fused[0], eager[0])
-        assert_same_bits(fused[1], eager[1])
-        torch.testing.assert_close(fused[2], eager[2])
-        for one, other in zip(fused[4], eager[4], strict=True):
-            torch.testing.assert_close(one, other)
+        assert_steps_alike(compiled, model, batch)
 
 
-@backends
-def test_compiled_without_indices_and_without_gradients(name: str) -> None:
-    z, codebook = (on_backend(tensor, name) for tensor in problem((30, 3)))
+@each_backend
+def test_compiled_without_indices_and_without_gradients(backend: str) -> None:
+    z, codebook = (on_backend(tensor, backend) for tensor in problem((30, 3)))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss_of(z: Tensor, codebook: Tensor) -> Tensor:
-        output = qlae_kernels.latent_quantize(z, codebook, return_indices=False, backend=name, **WEIGHTS)
+        output = qlae_kernels.latent_quantize(z, codebook, return_indices=False, backend=backend, **WEIGHTS)
         assert output.indices is None
         return output.loss
 
     with torch.no_grad():
-        want = qlae_kernels.latent_quantize(z, codebook, backend=name, **WEIGHTS).loss
+        want = qlae_kernels.latent_quantize(z, codebook, backend=backend, **WEIGHTS).loss
         assert_same_bits(loss_of(z, codebook), want)
 
 
+@each_backend
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_a_static_shape_compiles_once() -> None:
-    model = Autoencoder()
+def test_a_static_shape_compiles_once(backend: str) -> None:
+    model = Autoencoder(backend).to(device_of(backend))
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     for _ in range(3):
-        x = torch.randn(64, 8)
-        assert_same_bits(compiled(x)[1], model(x)[1])
-        compiled(x)[0].backward()
+        assert_steps_alike(compiled, model, 64)
 
 
-def test_another_batch_size_compiles_once_more() -> None:
+@each_backend
+def test_another_batch_size_compiles_once_more(backend: str) -> None:
     # PyTorch's own rule: the second size makes the batch dynamic, further ones compile nothing.
     counter = CompileCounterWithBackend("aot_eager")
-    model = Autoencoder()
+    model = Autoencoder(backend).to(device_of(backend))
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch in (64, 65, 66, 200, 3):
-        x = torch.randn(batch, 8)
-        objective, indices, *_ = compiled(x)
-        assert_same_bits(indices, model(x)[1])
-        objective.backward()
+        assert_steps_alike(compiled, model, batch)
     assert counter.frame_count == 2
 
 

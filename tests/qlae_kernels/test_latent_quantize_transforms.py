@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backend_variants import each_backend
 from latent_quantize_statement import assert_same_bits
 from on_device import device_of
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from qlae_kernels import FusedLatentQuantizer, available_backends, latent_quantize
+from qlae_kernels import FusedLatentQuantizer, latent_quantize
 
 QUANTIZATION, COMMITMENT = 0.75, 0.25
 Quantize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -131,23 +132,28 @@ def test_vmap_equals_calls_one_by_one(
             torch.testing.assert_close(one[entry], other, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", available_backends())
-def test_indices_may_be_left_out(name: str) -> None:
-    z, codebook = problem(name, 4, 7, 3)
+@each_backend
+def test_indices_may_be_left_out(backend: str) -> None:
+    z, codebook = problem(backend, 4, 7, 3)
 
     def loss_of(z: Tensor) -> Tensor:
-        output = fused(name, return_indices=False)(z, codebook)
+        output = fused(backend, return_indices=False)(z, codebook)
         assert output.indices is None
         return output.loss
 
     assert_close(vmap(grad(loss_of))(z), vmap(grad(lambda z: plain(z, codebook)[2]))(z))
 
 
-def test_an_ensemble_of_quantizers() -> None:
-    members = [FusedLatentQuantizer(3, [4, 2, 4], init_range=(-1.0, high)) for high in (0.5, 1.0, 2.0)]
+@each_backend
+def test_an_ensemble_of_quantizers(backend: str) -> None:
+    device = device_of(backend)
+    members = [
+        FusedLatentQuantizer(3, [4, 2, 4], init_range=(-1.0, high), backend=backend, device=device)
+        for high in (0.5, 1.0, 2.0)
+    ]
     parameters, buffers = stack_module_state(members)
-    template = FusedLatentQuantizer(3, [4, 2, 4], device="meta")
-    z = torch.randn(20, 3)
+    template = FusedLatentQuantizer(3, [4, 2, 4], backend=backend, device="meta")
+    z = torch.randn(20, 3, device=device)
 
     def loss_of(
         parameters: dict[str, Tensor], buffers: dict[str, Tensor], z: Tensor
@@ -164,11 +170,13 @@ def test_an_ensemble_of_quantizers() -> None:
         torch.testing.assert_close(got["codebook"][number], member.codebook.grad)
 
 
-def test_functional_call_takes_another_codebook() -> None:
-    quantizer = FusedLatentQuantizer(3, 5)
-    z, codebook = torch.randn(8, 3), torch.randn(3, 5, requires_grad=True)
+@each_backend
+def test_functional_call_takes_another_codebook(backend: str) -> None:
+    device = device_of(backend)
+    quantizer = FusedLatentQuantizer(3, 5, backend=backend, device=device)
+    z, codebook = torch.randn(8, 3, device=device), torch.randn(3, 5, device=device, requires_grad=True)
     got = functional_call(quantizer, {"codebook": codebook}, (z,))
-    want = latent_quantize(z, codebook)
+    want = latent_quantize(z, codebook, backend=backend)
     for one, other in zip(got, want, strict=True):
         assert_same_bits(one, other)
     got.loss.backward()
@@ -179,18 +187,20 @@ def test_functional_call_takes_another_codebook() -> None:
 class Autoencoder(nn.Module):
     """A quantizer between two linear layers; returns the objective."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
-        self.encoder, self.quantizer, self.decoder = nn.Linear(4, 3), FusedLatentQuantizer(3, 5), nn.Linear(3, 4)
+        self.encoder, self.decoder = nn.Linear(4, 3), nn.Linear(3, 4)
+        self.quantizer = FusedLatentQuantizer(3, 5, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         quantized, _, loss = self.quantizer(self.encoder(x))
         return (self.decoder(quantized) - x).square().mean() + loss
 
 
-def test_gradients_per_sample_of_a_model() -> None:
-    model = Autoencoder().double()
-    x = torch.randn(6, 4, dtype=torch.float64)
+@each_backend
+def test_gradients_per_sample_of_a_model(backend: str) -> None:
+    model = Autoencoder(backend).double().to(device_of(backend))
+    x = torch.randn(6, 4, dtype=torch.float64, device=device_of(backend))
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     per_sample = vmap(grad(lambda p, x: functional_call(model, p, (x[None],))), in_dims=(None, 0))(parameters, x)
     for sample in range(6):
@@ -257,20 +267,21 @@ def test_wrong_arguments_are_named_under_vmap() -> None:
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("name", available_backends())
-def test_make_fx_records_the_op(name: str, mode: str) -> None:
-    z, codebook = problem(name, 7, 3)
-    graph = make_fx(fused(name), tracing_mode=mode)(z, codebook)
+@each_backend
+def test_make_fx_records_the_op(backend: str, mode: str) -> None:
+    z, codebook = problem(backend, 7, 3)
+    graph = make_fx(fused(backend), tracing_mode=mode)(z, codebook)
     assert any(node.target is torch.ops.qlae.latent_quantize.default for node in graph.graph.nodes)
-    for got, want in zip(graph(z + 1, codebook), fused(name)(z + 1, codebook), strict=True):
+    for got, want in zip(graph(z + 1, codebook), fused(backend)(z + 1, codebook), strict=True):
         assert_same_bits(got, want)
-    graph = make_fx(grad(objective_of(fused(name)), argnums=(0, 1)), tracing_mode=mode)(z, codebook)
+    graph = make_fx(grad(objective_of(fused(backend)), argnums=(0, 1)), tracing_mode=mode)(z, codebook)
     assert_close(graph(z + 1, codebook), grad(objective_of(plain), argnums=(0, 1))(z + 1, codebook))
 
 
+@each_backend
 @pytest.mark.parametrize("name", ["grad", "jvp", "gradients per sample", "vmap in vmap"])
-def test_a_compiled_transform(name: str) -> None:
+def test_a_compiled_transform(backend: str, name: str) -> None:
     torch.compiler.reset()
-    z, codebook = problem("auto", 7, 3)
-    compiled = torch.compile(lambda z, v: TRANSFORMS[name](fused("auto"), z, v), fullgraph=True, backend="aot_eager")
+    z, codebook = problem(backend, 7, 3)
+    compiled = torch.compile(lambda z, v: TRANSFORMS[name](fused(backend), z, v), fullgraph=True, backend="aot_eager")
     assert_close(compiled(z, codebook), TRANSFORMS[name](plain, z, codebook))

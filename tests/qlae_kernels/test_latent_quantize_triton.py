@@ -31,7 +31,7 @@ runs = pytest.mark.skipif("triton" not in available_backends(), reason="no GPU, 
 compiles = pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton's compiler")
 WEIGHTS = {"quantization_weight": 0.75, "commitment_weight": 0.25}
 
-# What takes the interpreter long: very many latents or codes, all half values, and many codes once more.
+# What takes the interpreter long: very many latents or codes, all half values, many steps, and the same once more.
 TOO_LONG = (
     "every_half_value",
     "codes_round_to_nearest_even",
@@ -46,22 +46,43 @@ TOO_LONG = (
     "not_finite_shows and 100",
     "importing",
     "be_changed_before_backward and 40000",
+    "indices_values_loss and (latents or levels and not (few and order))",
+    "many_codes_of_any_spacing",
+    "opcheck and (contiguous or permuted or strided or expanded)",
+    "opcheck and not (float32 or two or other)",
+    "gradgradcheck_of_the_op",
+    "under_autocast",
+    "vmap_equals and (float32 or not both)",
+    "compiled_transform and not vmap",
+    "move_to_the_centres",
+    "trains_an_encoder",
 )
+# The files of which one process of the interpreter runs the tests, and a number that the tests exceed.
+GROUPS = {
+    "the op": (("latent_quantize", "latent_quantize_triton"), 250),
+    "in PyTorch": (
+        (
+            *(f"latent_quantize_{name}" for name in ("ops", "half", "transforms", "export", "scale")),
+            *("mask", "quantizer", "codes_from_data", "readme"),
+        ),
+        100,
+    ),
+}
 
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton")
-def test_the_tests_of_the_op_pass_in_the_interpreter() -> None:
+@pytest.mark.parametrize(("files", "fewest"), GROUPS.values(), ids=GROUPS)
+def test_the_tests_of_the_op_pass_in_the_interpreter(files: tuple[str, ...], fewest: int) -> None:
     import triton
 
     # Its loops make numbers of arrays of one element.
     if NumpyVersion(triton.__version__) < "3.7.0" and NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip(f"the interpreter of triton before 3.7 (here {triton.__version__}) does not work with NumPy 2.4")
     selection = "triton and " + " and ".join(f"not ({words})" for words in TOO_LONG)
-    files = ["test_latent_quantize.py", "test_latent_quantize_triton.py"]
     run = subprocess.run(
         [
             *(sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"),
-            *("-k", selection, *(str(Path(__file__).with_name(name)) for name in files)),
+            *("-k", selection, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in files)),
         ],
         capture_output=True,
         text=True,
@@ -72,7 +93,7 @@ def test_the_tests_of_the_op_pass_in_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed
-    assert int(passed[1]) > 250
+    assert int(passed[1]) > fewest
 
 
 def random_call(shape: tuple[int, ...], dtype: torch.dtype, rows: int, codes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backend_variants import each_backend
 from latent_quantize_statement import assert_same_bits
 from on_device import device_of, on_backend, to_device
 from torch import Tensor
@@ -58,11 +59,13 @@ def test_the_others_are_quantized_as_if_alone(backend: str, dtype: torch.dtype) 
         assert not left_out.movedim(1, -1)[~mask].any()
 
 
+@each_backend
 @pytest.mark.parametrize("shared", [False, True], ids=["codebooks", "shared"])
-def test_channels_may_be_last(shared: bool) -> None:
-    quantizer = FusedLatentQuantizer(3, 6, channel_dim=-1, shared_codebook=shared)
-    z = torch.randn(4, 9, 3)
-    mask = torch.rand(4, 9) < 0.5
+def test_channels_may_be_last(backend: str, shared: bool) -> None:
+    device = device_of(backend)
+    quantizer = FusedLatentQuantizer(3, 6, channel_dim=-1, shared_codebook=shared, backend=backend, device=device)
+    z = torch.randn(4, 9, 3, device=device)
+    mask = torch.rand(4, 9, device=device) < 0.5
     quantized, indices, loss = quantizer(z, mask)
     want = quantizer(z[mask].unsqueeze(0))
     assert_same_bits(quantized[mask], want.quantized[0])
@@ -175,25 +178,28 @@ def test_gradients_per_sample_with_masks() -> None:
         torch.testing.assert_close(got, want)
 
 
+@each_backend
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_call_with_a_mask(memory_format: torch.memory_format, dynamic: bool) -> None:
-    z, codebook, mask = problem()
+def test_a_compiled_call_with_a_mask(backend: str, memory_format: torch.memory_format, dynamic: bool) -> None:
+    z, codebook, mask = (on_backend(tensor, backend) for tensor in problem())
     z = z.contiguous(memory_format=memory_format)
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
     def quantize(z: Tensor, codebook: Tensor, mask: Tensor) -> LatentQuantizerOutput:
-        return latent_quantize(z, codebook, mask=mask)
+        return latent_quantize(z, codebook, mask=mask, backend=backend)
 
-    for one, other in zip(quantize(z, codebook, mask), latent_quantize(z, codebook, mask=mask), strict=True):
+    want = latent_quantize(z, codebook, mask=mask, backend=backend)
+    for one, other in zip(quantize(z, codebook, mask), want, strict=True):
         assert_same_bits(one, other)
         assert one.stride() == other.stride()
 
 
-def test_without_indices() -> None:
-    z, codebook, mask = problem()
-    assert latent_quantize(z, codebook, mask=mask, return_indices=False).indices is None
+@each_backend
+def test_without_indices(backend: str) -> None:
+    z, codebook, mask = (on_backend(tensor, backend) for tensor in problem())
+    assert latent_quantize(z, codebook, mask=mask, return_indices=False, backend=backend).indices is None
 
 
 @pytest.mark.parametrize(

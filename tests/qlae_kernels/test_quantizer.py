@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from backend_variants import ONCE, each_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_device import device_of
@@ -20,11 +21,15 @@ from torch._subclasses import FakeTensorMode
 from qlae_kernels import (
     FusedLatentQuantizer,
     LatentQuantizerOutput,
-    available_backends,
     latent_quantize,
 )
 
 examples = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+
+
+def quantizer_on(backend: str, *arguments: Any, **options: Any) -> FusedLatentQuantizer:
+    """A quantizer on the device that `backend` serves."""
+    return FusedLatentQuantizer(*arguments, backend=backend, device=device_of(backend), **options)
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -49,21 +54,22 @@ def test_codes_start_evenly_spaced_with_both_ends(levels: int) -> None:
         torch.testing.assert_close(spacing, torch.full_like(spacing, 3.0 / (levels - 1)), rtol=0, atol=8 * 2.0**-23)
 
 
-def test_ragged_levels_each_span_the_range() -> None:
-    quantizer = FusedLatentQuantizer(4, [10, 1, 3, 2])
+@each_backend
+def test_ragged_levels_each_span_the_range(backend: str) -> None:
+    quantizer = quantizer_on(backend, 4, [10, 1, 3, 2])
     assert quantizer.codebook.shape == (4, 10)
     assert quantizer.codebook[2, :3].tolist() == [-0.5, 0.0, 0.5]
     assert quantizer.codebook[3, :2].tolist() == [-0.5, 0.5]
-    z = torch.linspace(-3, 3, 400).view(100, 4)
+    z = torch.linspace(-3, 3, 400, device=device_of(backend)).view(100, 4)
     indices = quantizer(z).indices
     assert indices.amax(0).tolist() == [9, 0, 2, 1]
 
 
-@pytest.mark.parametrize("backend", [*available_backends(), "auto"])
+@pytest.mark.parametrize("backend", [*ONCE, "auto"], indirect=True)
 def test_the_call_is_the_function_with_the_arguments_of_the_module(backend: str) -> None:
-    device = device_of(backend)
-    z = torch.randn(5, 7, 3, device=device, requires_grad=True)
-    quantizer = FusedLatentQuantizer(
+    z = torch.randn(5, 7, 3, device=device_of(backend), requires_grad=True)
+    quantizer = quantizer_on(
+        backend,
         3,
         [4, 9, 2],
         channel_dim=-1,
@@ -71,8 +77,6 @@ def test_the_call_is_the_function_with_the_arguments_of_the_module(backend: str)
         commitment_weight=0.7,
         init_range=(-1.0, 2.0),
         index_dtype=torch.uint8,
-        backend=backend,
-        device=device,
     )
     got = quantizer(z)
     want = latent_quantize(
@@ -93,11 +97,12 @@ def test_the_call_is_the_function_with_the_arguments_of_the_module(backend: str)
         assert torch.equal(one, other)
 
 
-def test_a_shared_codebook_serves_all_latents() -> None:
-    shared = FusedLatentQuantizer(6, 5, shared_codebook=True)
+@each_backend
+def test_a_shared_codebook_serves_all_latents(backend: str) -> None:
+    shared = quantizer_on(backend, 6, 5, shared_codebook=True)
     assert shared.codebook.shape == (1, 5)
-    own = FusedLatentQuantizer(6, 5)
-    z = torch.randn(30, 6)
+    own = quantizer_on(backend, 6, 5)
+    z = torch.randn(30, 6, device=device_of(backend))
     assert torch.equal(shared(z).indices, own(z).indices)
     assert torch.equal(shared(z).quantized, own(z).quantized)
     # The two add their squares in an order of their own.
@@ -107,12 +112,13 @@ def test_a_shared_codebook_serves_all_latents() -> None:
     torch.testing.assert_close(shared.codebook.grad, own.codebook.grad.sum(0, keepdim=True))
 
 
-def test_fixed_codes_are_a_buffer() -> None:
-    quantizer = FusedLatentQuantizer(3, 4, learnable=False)
+@each_backend
+def test_fixed_codes_are_a_buffer(backend: str) -> None:
+    quantizer = quantizer_on(backend, 3, 4, learnable=False)
     assert not quantizer.learnable
     assert list(quantizer.parameters()) == []
     assert [name for name, _ in quantizer.named_buffers()] == ["codebook"]
-    z = torch.randn(5, 3, requires_grad=True)
+    z = torch.randn(5, 3, device=device_of(backend), requires_grad=True)
     output = quantizer(z)
     (output.quantized.sum() + output.loss).backward()
     assert z.grad is not None
@@ -128,23 +134,25 @@ def saved_and_loaded(value: object, **options: bool) -> Any:
 
 def with_random_codes(quantizer: FusedLatentQuantizer) -> FusedLatentQuantizer:
     with torch.no_grad():
-        quantizer.codebook.normal_(generator=torch.Generator().manual_seed(0))
+        quantizer.codebook.copy_(torch.randn(quantizer.codebook.shape, generator=torch.Generator().manual_seed(0)))
     return quantizer
 
 
+@each_backend
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("assign", [True, False])
-def test_state_dict_round_trip(learnable: bool, shared: bool, assign: bool) -> None:
+def test_state_dict_round_trip(backend: str, learnable: bool, shared: bool, assign: bool) -> None:
     options = {"learnable": learnable, "shared_codebook": shared}
-    source, target = (with_random_codes(FusedLatentQuantizer(3, 4, **options)), FusedLatentQuantizer(3, 4, **options))
+    source, target = (quantizer_on(backend, 3, 4, **options) for _ in range(2))
+    with_random_codes(source)
     state = source.state_dict()
     assert list(state) == ["codebook", "_extra_state"]
     assert state["_extra_state"].tolist() == [4, 4, 4]
     target.load_state_dict(saved_and_loaded(state, weights_only=True), strict=True, assign=assign)
     assert torch.equal(source.codebook, target.codebook)
     assert isinstance(target.codebook, nn.Parameter) == learnable
-    z = torch.randn(20, 3)
+    z = torch.randn(20, 3, device=device_of(backend))
     assert torch.equal(source(z).quantized, target(z).quantized)
 
 
@@ -218,10 +226,11 @@ def test_a_state_loads_into_a_quantizer_without_memory() -> None:
         FusedLatentQuantizer(3, [4, 3, 3], device="meta").load_state_dict(source.state_dict(), assign=True)
 
 
+@each_backend
 @pytest.mark.parametrize("learnable", [True, False])
-def test_copies_are_equal_and_independent(learnable: bool) -> None:
-    quantizer = FusedLatentQuantizer(3, [2, 5, 4], learnable=learnable, index_dtype=torch.int16, channel_dim=-1)
-    z = torch.randn(20, 3)
+def test_copies_are_equal_and_independent(backend: str, learnable: bool) -> None:
+    quantizer = quantizer_on(backend, 3, [2, 5, 4], learnable=learnable, index_dtype=torch.int16, channel_dim=-1)
+    z = torch.randn(20, 3, device=device_of(backend))
     want = quantizer(z)
     twins = (
         copy.deepcopy(quantizer),
@@ -237,15 +246,16 @@ def test_copies_are_equal_and_independent(learnable: bool) -> None:
     assert torch.equal(quantizer(z).quantized, want.quantized)
 
 
+@each_backend
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_moves_between_dtypes(learnable: bool, dtype: torch.dtype) -> None:
-    quantizer = FusedLatentQuantizer(3, 4, learnable=learnable)
+def test_moves_between_dtypes(backend: str, learnable: bool, dtype: torch.dtype) -> None:
+    quantizer = quantizer_on(backend, 3, 4, learnable=learnable)
     before = quantizer.codebook.detach().clone()
     quantizer.to(dtype)
     assert quantizer.codebook.dtype is dtype
     assert torch.equal(quantizer.codebook.detach(), before.to(dtype))
-    output = quantizer(torch.randn(5, 3, dtype=dtype))
+    output = quantizer(torch.randn(5, 3, dtype=dtype, device=device_of(backend)))
     assert output.quantized.dtype is dtype
     assert set(output.quantized.flatten().tolist()) <= set(quantizer.codebook.flatten().tolist())
     assert FusedLatentQuantizer(3, 4, dtype=dtype, learnable=learnable).codebook.dtype is dtype
@@ -281,22 +291,24 @@ class Doubled(nn.Module):
         return codes / 2
 
 
-def test_a_parametrized_codebook_serves_learns_and_is_set() -> None:
-    quantizer = FusedLatentQuantizer(1, 2)
+@each_backend
+def test_a_parametrized_codebook_serves_learns_and_is_set(backend: str) -> None:
+    device = device_of(backend)
+    quantizer = quantizer_on(backend, 1, 2)
     nn.utils.parametrize.register_parametrization(quantizer, "codebook", Doubled())
     stored = quantizer.parametrizations.codebook.original
     assert stored.tolist() == [[-0.25, 0.25]]
     assert quantizer.learnable
-    z = torch.tensor([[0.7], [-0.4]])
+    z = torch.tensor([[0.7], [-0.4]], device=device)
     assert quantizer(z).quantized.tolist() == [[0.5], [-0.5]]
-    quantizer.decode(torch.tensor([[1]])).backward()
+    quantizer.decode(torch.tensor([[1]], device=device)).backward()
     assert stored.grad.tolist() == [[0.0, 2.0]]
     # The quarter and the three-quarter quantile of 0 to 4.
-    quantizer.initialize_from(torch.arange(5.0).unsqueeze(1))
+    quantizer.initialize_from(torch.arange(5.0, device=device).unsqueeze(1))
     assert stored.tolist() == [[0.5, 1.5]]
     quantizer.reset_parameters()
     assert stored.tolist() == [[-0.25, 0.25]]
-    assert quantizer.revive_dead_codes(torch.tensor([[9.0]])) == 1
+    assert quantizer.revive_dead_codes(torch.tensor([[9.0]], device=device)) == 1
     assert stored.tolist() == [[4.5, 0.25]]
 
 
@@ -336,25 +348,28 @@ def test_repr_tells_quantizers_apart() -> None:
         assert part in text
 
 
+@each_backend
 @pytest.mark.parametrize("shape", [(40, 3), (4, 3, 5, 2)])
-def test_encode_then_decode_is_quantized(shape: tuple[int, ...]) -> None:
-    quantizer = FusedLatentQuantizer(3, [4, 9, 2], index_dtype=torch.uint8)
-    z = torch.randn(shape, requires_grad=True)
+def test_encode_then_decode_is_quantized(backend: str, shape: tuple[int, ...]) -> None:
+    quantizer = quantizer_on(backend, 3, [4, 9, 2], index_dtype=torch.uint8)
+    z = torch.randn(shape, device=device_of(backend), requires_grad=True)
     output = quantizer(z)
     indices = quantizer.encode(z)
     assert indices.dtype is torch.uint8
     assert torch.equal(indices, output.indices)
+    assert torch.equal(quantizer.unpack(quantizer.pack(indices)), indices)
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
         assert torch.equal(quantizer.decode(indices.to(dtype)), output.quantized)
 
 
-def test_encode_then_decode_holds_after_the_codes_have_moved() -> None:
-    quantizer = FusedLatentQuantizer(3, 6)
+@each_backend
+def test_encode_then_decode_holds_after_the_codes_have_moved(backend: str) -> None:
+    quantizer = quantizer_on(backend, 3, 6)
     with torch.no_grad():
         # Neither in order nor in the initial range.
         quantizer.codebook.copy_(100 * torch.randn(3, 6, generator=torch.Generator().manual_seed(0)))
     values = quantizer.codebook.detach()[:, torch.arange(6)].T.contiguous()
-    assert torch.equal(quantizer.encode(values), torch.arange(6).unsqueeze(1).expand(6, 3))
+    assert quantizer.encode(values).tolist() == [[k] * 3 for k in range(6)]
     assert torch.equal(quantizer.decode(quantizer.encode(values)), values)
 
 
@@ -606,15 +621,17 @@ def test_unpack_refuses_numbers_beyond_the_last_code(bad: int) -> None:
         FusedLatentQuantizer(3, [2, 3, 4]).unpack(torch.tensor([0, bad]))
 
 
+@each_backend
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_codes_move_to_the_centres_of_clusters(optimizer: type[torch.optim.Optimizer]) -> None:
+def test_codes_move_to_the_centres_of_clusters(backend: str, optimizer: type[torch.optim.Optimizer]) -> None:
     centres = torch.tensor([[-0.8, 0.1, 0.7], [-0.3, 0.0, 0.9]])
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (600, 2), generator=generator)
     z = centres.gather(1, labels.T).T + 0.01 * torch.randn(600, 2, generator=generator)
     means = torch.stack([torch.stack([z[labels[:, d] == k, d].mean() for k in range(3)]) for d in range(2)])
-    quantizer = FusedLatentQuantizer(2, 3, quantization_weight=1.0, init_range=(-0.5, 0.5))
-    assert (quantizer.encode(z).long() == labels).all()
+    quantizer = quantizer_on(backend, 2, 3, quantization_weight=1.0, init_range=(-0.5, 0.5))
+    z = z.to(device_of(backend))
+    assert torch.equal(quantizer.encode(z).long().cpu(), labels)
     # About 200 of 1200 elements belong to a code: a step of 6 halves the distance at SGD.
     steps, rate = (60, 1.5) if optimizer is torch.optim.SGD else (400, 0.02)
     learner = optimizer(quantizer.parameters(), lr=rate)
@@ -622,12 +639,13 @@ def test_codes_move_to_the_centres_of_clusters(optimizer: type[torch.optim.Optim
         learner.zero_grad()
         quantizer(z).loss.backward()
         learner.step()
-    torch.testing.assert_close(quantizer.codebook.detach(), means, rtol=0, atol=1e-3)
+    torch.testing.assert_close(quantizer.codebook.detach().cpu(), means, rtol=0, atol=1e-3)
 
 
-def test_the_loss_trains_an_encoder_towards_its_codes() -> None:
-    quantizer = FusedLatentQuantizer(2, 3, commitment_weight=1.0, learnable=False)
-    z = torch.tensor([[-0.3, 0.2], [0.4, -0.1]], requires_grad=True)
+@each_backend
+def test_the_loss_trains_an_encoder_towards_its_codes(backend: str) -> None:
+    quantizer = quantizer_on(backend, 2, 3, commitment_weight=1.0, learnable=False)
+    z = torch.tensor([[-0.3, 0.2], [0.4, -0.1]], device=device_of(backend), requires_grad=True)
     want = quantizer(z).quantized.detach()
     for _ in range(40):
         (grad,) = torch.autograd.grad(quantizer(z).loss, z)
@@ -668,23 +686,25 @@ def test_construction_errors(arguments: dict[str, object], error: type[Exception
         assert word in str(caught.value)
 
 
-def test_uint8_holds_256_codes() -> None:
-    quantizer = FusedLatentQuantizer(1, 256, index_dtype=torch.uint8)
-    assert quantizer.encode(torch.tensor([[9.0]])).item() == 255
+@each_backend
+def test_uint8_holds_256_codes(backend: str) -> None:
+    quantizer = quantizer_on(backend, 1, 256, index_dtype=torch.uint8)
+    assert quantizer.encode(torch.tensor([[9.0]], device=device_of(backend))).item() == 255
 
 
 class Frozen(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
-        self.quantizer = FusedLatentQuantizer(3, 4)
+        self.quantizer = quantizer_on(backend, 3, 4)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.quantizer(z).loss
 
 
-def test_freezing_the_codebook_stops_its_gradient() -> None:
-    module = Frozen().requires_grad_(False)
-    z = torch.randn(5, 3, requires_grad=True)
+@each_backend
+def test_freezing_the_codebook_stops_its_gradient(backend: str) -> None:
+    module = Frozen(backend).requires_grad_(False)
+    z = torch.randn(5, 3, device=device_of(backend), requires_grad=True)
     module(z).backward()
     assert z.grad is not None
     assert module.quantizer.codebook.grad is None
