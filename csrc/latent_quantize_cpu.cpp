@@ -36,10 +36,11 @@ using cpu::Traversal;
 using cpu::Work;
 
 // Measured crossovers. Few codes: samples per latent that repay sorting, and codes below which it takes more samples;
-// many: `samples^2 kMinCodesToSort` repays sorting `min_samples_to_sort` codes. Then codes per vector lane up to which
-// codes are few: comparing to every boundary is faster than searching in cells.
+// for many codes, 64 times the square of the samples must reach the samples here times the codes. Then codes per vector
+// lane up to which codes are few: comparing to every boundary is faster than searching in cells.
 std::atomic<int64_t> min_samples_to_sort = 512;
 constexpr int64_t kMinCodesToSort = 64;
+constexpr int64_t kSquaresPerCode = 64;
 constexpr int64_t kFewCodesPerLane = 4;
 // Codes per latent up to which summing by table row is faster than adding element by element.
 constexpr int64_t kMaxRowsToSum = 64;
@@ -153,18 +154,21 @@ struct Plan {
   int64_t samples;
   // Many codes are searched per latent, few in tables with an entry for every lane.
   bool many_codes;
+  // Whether sums per code are wanted.
+  bool sums_codes;
   Traversal traversal;
 
   // Whether the threads divide the groups; if not, they work on one group after the other, each on some samples, and
   // then need sums of their own for its codes, which few samples do not repay.
   bool shares_groups() const {
-    const bool few_samples = samples < 2 * kMinPartsWithSums * max_codes;
+    const bool few_samples = sums_codes && samples < 2 * kMinPartsWithSums * max_codes;
     return traversal.groups >= (few_samples ? kMinGroupsToShare : kManyGroups);
   }
+  int64_t group_size() const { return layout.size() / traversal.groups; }
   // Of each group.
   int64_t count_parts() const {
     if (shares_groups()) return 1;
-    return std::clamp<int64_t>(std::min(layout.size() / kMinElementsPerPart, traversal.units), 1, kMaxParts);
+    return std::clamp<int64_t>(std::min(group_size() / kMinElementsPerPart, traversal.units), 1, kMaxParts);
   }
 };
 
@@ -210,11 +214,12 @@ Traversal plan_traversal(const Plan& plan, int64_t bytes) {
 }
 
 template <class T>
-Plan plan_call(LatentLayout layout, const CodebookView& codebook, int64_t lanes) {
+Plan plan_call(LatentLayout layout, const CodebookView& codebook, int64_t lanes, bool sums_codes) {
   // A shared codebook makes all elements alike.
   if (codebook.rows == 1) layout = {1, 1, layout.size()};
   const int64_t max_codes = max_num_codes(codebook);
-  Plan plan{layout, lanes, max_codes, layout.outer * layout.inner, max_codes > kFewCodesPerLane * lanes, {}};
+  const bool many_codes = max_codes > kFewCodesPerLane * lanes;
+  Plan plan{layout, lanes, max_codes, layout.outer * layout.inner, many_codes, sums_codes, {}};
   plan.traversal = plan_traversal(plan, latent_bytes<T>(plan));
   return plan;
 }
@@ -408,9 +413,12 @@ int64_t fill_cells(const T* values, int64_t count, int64_t step, T origin, T sca
 
 template <class T>
 bool has_nan(const CodebookView& codebook) {
-  const T* codes = codes_of<T>(codebook, 0);
   int nans = 0;
-  for (int64_t code = 0; code < codebook.rows * codebook.stride; ++code) nans |= codes[code] != codes[code];
+  for (int64_t row = 0; row < codebook.rows; ++row) {
+    const T* codes = codes_of<T>(codebook, row);
+    const int64_t count = codebook.num_codes(row);
+    for (int64_t k = 0; k < count; ++k) nans |= codes[k] != codes[k];
+  }
   return nans != 0;
 }
 
@@ -472,11 +480,11 @@ void build_cell_tables(const KernelsFor<T>& kernels, Work<T>& work, Workspace& w
 bool repays_sorting(const Plan& plan) {
   const double samples = static_cast<double>(plan.samples), codes = static_cast<double>(plan.max_codes);
   const double enough = static_cast<double>(min_samples_to_sort.load(std::memory_order_relaxed));
-  if (plan.many_codes) return samples * samples * kMinCodesToSort >= enough * codes;
+  if (plan.many_codes) return samples * samples * kSquaresPerCode >= enough * codes;
   return samples >= enough && samples * codes >= enough * kMinCodesToSort;
 }
 
-// The search for few codes; the results depend on neither choice.
+// The search for few codes; the results do not depend on the choice.
 template <class T>
 void prepare_few_codes(const KernelsFor<T>& kernels, Work<T>& work, Workspace& workspace, const Plan& plan) {
   // A NaN code makes every z of its row an exception, and the direct search knows none.
@@ -491,7 +499,7 @@ void prepare_many_codes(const KernelsFor<T>& kernels, Work<T>& work, Workspace& 
                         int threads) {
   const CellPlan cells = plan_cells(plan.samples, plan.max_codes);
   // Vector lanes hold 32-bit positions in the cell tables, and T must hold a cell's number exactly.
-  const int64_t positions = work.codebook.rows * std::max(cells.cells, plan.max_codes);
+  const int64_t positions = (work.codebook.rows + 1) * std::max(cells.cells, work.codebook.stride);
   const bool fits = positions < std::numeric_limits<int32_t>::max() && plan.max_codes <= 1 << 22;
   Range<T>* ranges = workspace.array<Range<T>>(work.codebook.rows);
   const bool in_order = fits && survey_order(kernels, work.codebook, threads, ranges);
@@ -570,7 +578,7 @@ void forward(const ForwardArguments& arguments, const KernelsFor<T>& kernels) {
   const int64_t size = arguments.layout.size();
   double squared_error = 0;
   if (size > 0) {
-    const Plan plan = plan_call<T>(arguments.layout, arguments.codebook, kernels.lanes);
+    const Plan plan = plan_call<T>(arguments.layout, arguments.codebook, kernels.lanes, false);
     const int64_t parts = plan.count_parts(), num_sums = plan.traversal.groups * parts;
     // Few sums need no allocation.
     std::array<double, kMaxParts> few_sums{};
@@ -621,15 +629,15 @@ void sum_at_once(BackwardWork<T> work, Workspace& workspace, void (*kernel)(cons
 // The gradient of a group's codes where the threads divide the samples: each part has sums for all codes.
 template <class T>
 void sum_by_samples(const BackwardWork<T>& work, Workspace& workspace, void (*kernel)(const BackwardWork<T>&),
-                    T* gradients, double scale, int64_t max_parts, int64_t scratch_size) {
+                    T* gradients, double scale, const Plan& plan, int64_t scratch_size, int threads) {
   const int64_t num_codes = work.codebook.rows * work.codebook.stride;
   const int64_t partial_bytes = num_codes * int64_t{sizeof(double)} + scratch_size * int64_t{sizeof(T)};
-  const int64_t by_codes = std::max(kMinPartsWithSums, work.traversal.size / (2 * (num_codes + scratch_size)));
+  const int64_t by_codes = std::max(kMinPartsWithSums, plan.group_size() / (2 * (num_codes + scratch_size)));
   const int64_t by_memory = std::max<int64_t>(1, kMaxPartialBytes / partial_bytes);
-  const int64_t parts = std::min({max_parts, by_codes, by_memory});
+  const int64_t parts = std::min({plan.count_parts(), by_codes, by_memory});
   double* sums = workspace.array<double>(parts * num_codes);
   T* scratch = scratch_size ? workspace.zeros<T>(parts * scratch_size) : nullptr;
-  for_each_part(parts, work.arguments->threads, [&](int64_t part) {
+  for_each_part(parts, threads, [&](int64_t part) {
     BackwardWork<T> own = part_of(work, part, parts);
     own.residual_sums = sums + part * num_codes;
     own.scratch = scratch ? scratch + part * scratch_size : nullptr;
@@ -660,7 +668,7 @@ void backward(const BackwardArguments& arguments, const KernelsFor<T>& kernels) 
     if (grad_codebook) std::fill(grad_codebook, grad_codebook + codebook.rows * codebook.stride, T(0));
     return;
   }
-  const Plan plan = plan_call<T>(arguments.layout, codebook, kernels.lanes);
+  const Plan plan = plan_call<T>(arguments.layout, codebook, kernels.lanes, grad_codebook != nullptr);
   const double scale =
       2.0 * static_cast<double>(*static_cast<const T*>(arguments.grad_loss)) / static_cast<double>(size);
   const double to_gradient = -scale * arguments.quantization_weight;
@@ -677,7 +685,7 @@ void backward(const BackwardArguments& arguments, const KernelsFor<T>& kernels) 
         T* gradients = grad_codebook + work.first_row * codebook.stride;
         const int64_t scratch_size = count_row_sums(work, kernels.lanes);
         if (!plan.shares_groups())
-          return sum_by_samples(work, workspace, kernels.backward, gradients, to_gradient, parts, scratch_size);
+          return sum_by_samples(work, workspace, kernels.backward, gradients, to_gradient, plan, scratch_size, threads);
         const bool is_short = plan.samples <= cpu::kMaxAccumulations;
         sum_at_once(part_of(work, 0, 1), workspace, kernels.backward, gradients, to_gradient, is_short, scratch_size);
       });

@@ -476,7 +476,7 @@ inline int64_t scan(T z, const T* codes, int64_t num_codes) {
     index += S::splat(Index{S::kLanes});
     compare(first);
   }
-  // The last vector begins early: codes seen before do not win again.
+  // The last vector begins early: codes seen before come with the same index.
   if (first < num_codes) {
     index = S::lane_numbers() + S::splat(static_cast<Index>(num_codes - S::kLanes));
     compare(num_codes - S::kLanes);

@@ -55,7 +55,7 @@ struct CellTables {
   using Index = typename VectorIndex<T>::type;
   int64_t cells;
   int64_t stride;
-  int64_t first_step;    // largest power of two <= how far above its cell's start a code below z can be; 0 if nowhere
+  int64_t first_step;    // largest power of two <= how far above its cell's start a code below z can be
   const Index* starts;   // [codebook rows, cells]: the last code in an earlier cell, or 0
   const T* values;       // [codebook rows, stride]; the codebook itself where it is in order
   const Index* indices;  // [codebook rows, stride]; null where the codebook is in order

@@ -320,16 +320,16 @@ void run_type() {
   // Tables that leave the small workspace, so that a read beyond one of them shows.
   for (const Codes codes : {Codes::kUnsorted, Codes::kClustered, Codes::kHostile})
     run_case<E>({{520, 32, 1}, 600, codes, false, codes == Codes::kUnsorted, true, IndexType::kInt16, 0, 1, true});
-  // Latents in groups: of columns, of columns that cut latents, and of runs.
+  // Latents in groups: of columns, of columns of several elements of a latent, and of runs.
   for (const Codes codes : {Codes::kUnsorted, Codes::kEven, Codes::kUlps}) {
     run_case<E>({{100, 160, 1}, 1000, codes, false, codes == Codes::kEven, true, IndexType::kInt16, 0, 2, true});
     run_case<E>({{40, 70, 3}, 1000, codes, false, false, true, IndexType::kInt32, 0, 1, true});
     run_case<E>({{2, 60, 67}, 1000, codes, false, false, true, IndexType::kInt64, 1, 2, true});
   }
-  // Groups with so many samples that threads divide these, not the groups.
-  run_case<E>({{6000, 72, 1}, 600, Codes::kUnsorted, false, false, true, IndexType::kInt16, 0, 2, true});
   run_case<E>({{30, 1030, 1}, 16, Codes::kUnsorted, false, true, true, IndexType::kInt16, 0, 2, true});
   run_case<E>({{600, 1030, 1}, 12, Codes::kUnsorted, false, false, true, IndexType::kInt16, 0, 2, true});
+  // Groups with so many samples that threads divide these, not the groups.
+  run_case<E>({{6000, 72, 1}, 600, Codes::kUnsorted, false, false, true, IndexType::kInt16, 0, 2, true});
   // Outputs large enough for non-temporal stores, with and without whole vectors.
   const int64_t large = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(E)) + 640;
   run_case<E>({{large / 32, 32, 1}, 3, Codes::kUnsorted, false, false, false, IndexType::kUInt8, 0, 2, true});
