@@ -193,9 +193,9 @@ def unavailable_reason(name: str, case: Case, device: torch.device) -> str | Non
     if name == "torch.compile":
         return _compile_failure(device.type)
     if name == "JAX" and device.type != "cpu":
-        return "compared on the CPU only"
+        return f"needs the CPU, where alone it is compared; here is {device.type}"
     if name == "vector-quantize-pytorch" and case.dtype is not torch.float32:
-        return "it returns float32 whatever the input's dtype"
+        return "needs float32, which it returns whatever the input's dtype"
     module = {"JAX": "jax", "vector-quantize-pytorch": "vector_quantize_pytorch"}.get(name)
     if module is not None and importlib.util.find_spec(module) is None:
         return f"{module} is not installed; the extra `bench` brings it: pip install '.[bench]'"

@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 ELEMENTS = 1 << 20
 FEW_ELEMENTS = 1 << 12
 LEVELS = (2, 4, 10, 16, 64, 256, 1024, 4096, 65_536)
-# A codebook of more codes (1 GiB at 4096 latents of 65,536) leaves no memory to check and compare it here.
-MAX_CODES = 1 << 25
+# 4096 latents of 65,536 codes: 1 GiB. More are left out, for the memory that checking and comparing them takes.
+MAX_CODES = 1 << 28
 # Distances that the plain lines hold at a time: 256 MiB, and about as long a call as is worth waiting for.
 MAX_DISTANCES = 1 << 26
 PLAN = Plan(seconds=0.7, max_rounds=9)

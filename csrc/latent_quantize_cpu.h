@@ -41,8 +41,7 @@ void latent_quantize_forward(const ForwardArguments& arguments);
 void latent_quantize_backward(const BackwardArguments& arguments);
 
 // Samples per latent from which few codes are sorted, many in proportion; tests lower it to reach every search with
-// little data.
-// Returns the value before. The results do not depend on it.
+// little data. Returns the value before. The results do not depend on it.
 int64_t set_min_samples_to_sort(int64_t samples);
 
 // Instruction sets that this build holds and this processor runs, slowest first.

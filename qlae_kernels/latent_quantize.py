@@ -108,7 +108,8 @@ def latent_quantize(
         levels = _as_levels(levels)
     # Numbers, not tensors that could change under the cache's key.
     if type(quantization_weight) is not float or type(commitment_weight) is not float:
-        quantization_weight, commitment_weight = _as_weight(quantization_weight), _as_weight(commitment_weight)
+        quantization_weight = as_weight("quantization_weight", quantization_weight)
+        commitment_weight = as_weight("commitment_weight", commitment_weight)
     options = (
         levels,
         channel_dim,
@@ -201,26 +202,7 @@ class LatentQuantizeFunction(torch.autograd.Function):
             # Straight-through alone: z receives the gradient of `quantized` as it is, the codebook none.
             return grad_quantized if need_grad_z else None, None, None
         call = ctx.call
-        traced = is_dynamo_compiling() or are_functorch_transforms_active()
-        usual = (
-            ctx.plain
-            and not traced
-            and grad_quantized is not None
-            and grad_quantized.is_contiguous()
-            and not (grad_quantized.is_neg() or grad_loss.is_neg() or torch.is_grad_enabled())
-        )
-        if usual:
-            # What `gradients_of` comes to, without its calls: they are 2 % of a small batch's time.
-            try:
-                return (
-                    *call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
-                    None,
-                )
-            except RuntimeError:
-                # Batched gradients have no memory. To ask for them here only costs the usual call nothing.
-                if not are_gradients_batched():
-                    raise
-        if traced or are_gradients_batched():
+        if is_dynamo_compiling() or are_functorch_transforms_active() or are_gradients_batched():
             # Compiled autograd, or many gradients at a time: as in `latent_quantize`, an op is to be seen.
             from qlae_kernels.latent_quantize_ops import op_gradients
 
@@ -228,6 +210,18 @@ class LatentQuantizeFunction(torch.autograd.Function):
                 z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook, call.options
             )
             return (*gradients, None)
+        usual = (
+            ctx.plain
+            and grad_quantized is not None
+            and grad_quantized.is_contiguous()
+            and not (grad_quantized.is_neg() or grad_loss.is_neg() or torch.is_grad_enabled())
+        )
+        if usual:
+            # What `gradients_of` comes to, without its calls: they are 2 % of a small batch's time.
+            return (
+                *call.backward(z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook),
+                None,
+            )
         gradients = gradients_of(call, z, codebook, grad_quantized, grad_loss, need_grad_z, need_grad_codebook)
         return (*gradients, None)
 
@@ -384,16 +378,8 @@ def check_weight(name: str, weight: float) -> None:
         raise ValueError(f"{name} must be a finite number >= 0; got {weight}")
 
 
-def _as_levels(levels: Iterable[int]) -> tuple[int, ...]:
-    try:
-        return tuple(map(index, levels))
-    except TypeError:
-        raise TypeError(
-            f"levels must be a sequence of whole numbers, one per latent, or None; got {levels!r}"
-        ) from None
-
-
-def _as_weight(weight: SupportsFloat) -> float:
+def as_weight(name: str, weight: SupportsFloat) -> float:
+    """The weight of a loss as a float; raises TypeError where it is no number."""
     if isinstance(weight, Tensor) and is_dynamo_compiling():
         raise TypeError(
             "in a compiled call the weights of the losses are numbers, not tensors; to scale the loss by a tensor, set "
@@ -401,8 +387,17 @@ def _as_weight(weight: SupportsFloat) -> float:
         )
     # A string has none, though float() takes it.
     if not hasattr(weight, "__float__"):
-        raise TypeError(f"the weights of the losses must be numbers; got {weight!r}")
+        raise TypeError(f"the weights of the losses must be numbers; got {name}={weight!r}")
     return float(weight)
+
+
+def _as_levels(levels: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, levels))
+    except TypeError:
+        raise TypeError(
+            f"levels must be a sequence of whole numbers, one per latent, or None; got {levels!r}"
+        ) from None
 
 
 def _short(dtype: object) -> str:

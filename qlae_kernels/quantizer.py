@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from operator import index
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from qlae_kernels.backends import check_name
 from qlae_kernels.code_usage import CodeUsage, count_codes, dead_codes
 from qlae_kernels.codes_from_data import quantile_codes, replace_codes, usable
-from qlae_kernels.latent_quantize import LatentQuantizerOutput, check_index_dtype, latent_quantize
+from qlae_kernels.latent_quantize import (
+    LatentQuantizerOutput,
+    as_weight,
+    check_index_dtype,
+    check_weight,
+    latent_quantize,
+)
 from qlae_kernels.latent_quantize_reference import values_of
 from qlae_kernels.mask import check_mask
 from qlae_kernels.problem import INDEX_DTYPES
@@ -99,8 +105,10 @@ class FusedLatentQuantizer(nn.Module):
         self.num_latents = num_latents
         self.levels = per_latent
         self.channel_dim = channel_dim
-        self.quantization_weight = _checked_weight("quantization_weight", quantization_weight)
-        self.commitment_weight = _checked_weight("commitment_weight", commitment_weight)
+        self.quantization_weight = as_weight("quantization_weight", quantization_weight)
+        self.commitment_weight = as_weight("commitment_weight", commitment_weight)
+        check_weight("quantization_weight", self.quantization_weight)
+        check_weight("commitment_weight", self.commitment_weight)
         self.init_range = (float(init_range[0]), float(init_range[1]))
         self.learnable = learnable
         self.shared_codebook = shared_codebook
@@ -427,14 +435,6 @@ class FusedLatentQuantizer(nn.Module):
                 f"the product of levels, {math.prod(self.levels)}, passes 2**63 - 1: one int64 cannot hold the codes"
             )
         return [math.prod(self.levels[:latent]) for latent in range(self.num_latents)]
-
-
-def _checked_weight(name: str, weight: float) -> float:
-    if not isinstance(weight, SupportsFloat):
-        raise TypeError(f"{name} must be a number; got {weight!r}")
-    if not 0 <= float(weight) < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0; got {weight}")
-    return float(weight)
 
 
 def _check_integers(name: str, value: Tensor) -> None:

@@ -33,7 +33,7 @@ dispatch_modes = _function_of_torch("_len_torch_dispatch_stack")
 # () -> bool: whether torch.jit.trace is recording.
 is_jit_tracing = _function_of_torch("_is_tracing")
 # () -> bool: whether torch.autograd takes many gradients at a time (`is_grads_batched=True`). Its tensors are of type
-# Tensor, too, and have no memory. It takes a microsecond.
+# Tensor, too, and have no memory.
 are_gradients_batched = (
     partial(_function_of_torch("_dispatch_tls_is_dispatch_key_included"), torch._C._dispatch_key_parse("VmapMode"))
     if hasattr(torch._C, "_dispatch_key_parse")

@@ -50,7 +50,7 @@ STAND_INS = {"cuda": "the backend cuda-emulated", "triton": "triton's interprete
 def test_the_shared_tests_run_on_every_backend(name: str) -> None:
     reason = unavailable_reason(name)
     if reason is not None:
-        pytest.skip(f"no test runs on the backend {name}: {reason}. Its kernels are run by {STAND_INS[name]}")
+        pytest.skip(f"needs the backend {name}: {reason}. Its kernels are run by {STAND_INS[name]}")
     assert name in ONCE
     assert name in {variant.split("-")[0] for variant in VARIANTS}
 

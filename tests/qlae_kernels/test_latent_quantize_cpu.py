@@ -95,7 +95,8 @@ TRAVERSALS = [
     pytest.param((600, 700), 16, None, id="groups of latents, few codes"),
     pytest.param((530, 140), 700, None, id="groups of latents, many codes"),
     pytest.param((300, 200), 700, None, id="groups of latents, short sums"),
-    pytest.param((900, 33, 5), 900, None, id="groups that cut latents"),
+    pytest.param((850, 600), 100, None, id="groups whose samples the threads divide"),
+    pytest.param((900, 33, 5), 900, None, id="groups of latents with several elements"),
     pytest.param((5, 40, 201), 1000, None, id="runs one latent at a time"),
 ]
 traversals = pytest.mark.parametrize(("shape", "levels", "rows"), TRAVERSALS)
@@ -168,6 +169,42 @@ def test_sizes_around_every_choice(search: None, dtype: torch.dtype) -> None:
             assert_within(got[2], expected.grad_z, expected.grad_z_bound)
             assert_within(got[3], expected.loss, expected.loss_bound)
             assert_within(got[4], expected.grad_codebook, expected.grad_codebook_bound)
+
+
+def in_order(codes: Tensor) -> Tensor:
+    return codes.sort(1).values
+
+
+# Ordered codes are searched with one of several in the cells, others are scanned.
+ORDERS = {
+    "ascending": in_order,
+    "descending": lambda codes: in_order(codes).flip(1),
+    "equal ones": lambda codes: in_order(codes).round(decimals=1),
+    "infinite ends": lambda codes: in_order(codes).index_fill(1, torch.tensor([0, codes.size(1) - 1]), torch.inf),
+    "a NaN": lambda codes: codes.index_fill(1, torch.tensor([codes.size(1) // 2]), torch.nan),
+    "none finite": lambda codes: torch.full_like(codes, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_fewer_samples_than_codes(instruction_set: str, order: str, dtype: torch.dtype) -> None:
+    for samples, levels in (
+        (1, 17),
+        (1, 4097),
+        (2, 65),
+        (3, 100),
+        (5, 9),
+        (15, 4096),
+        (16, 4096),
+        (70, 600),
+        (200, 4099),
+    ):
+        z, codebook, _ = problem((samples, 3), levels, dtype)
+        z, codebook = z.detach(), ORDERS[order](codebook.detach())
+        z[0] = torch.tensor([9.0, -9.0, codebook[2, levels // 3].nan_to_num()])
+        got = latent_quantize(z, codebook, backend="cpu").indices
+        assert_same_bits(got, nearest(z, codebook).to(torch.int32))
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -77,7 +77,9 @@ def test_the_tests_of_the_op_pass_in_the_interpreter(files: tuple[str, ...], few
 
     # Its loops make numbers of arrays of one element.
     if NumpyVersion(triton.__version__) < "3.7.0" and NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip(f"the interpreter of triton before 3.7 (here {triton.__version__}) does not work with NumPy 2.4")
+        pytest.skip(
+            f"needs triton 3.7 or NumPy before 2.4; here are triton {triton.__version__}, NumPy {np.__version__}"
+        )
     selection = "triton and " + " and ".join(f"not ({words})" for words in TOO_LONG)
     run = subprocess.run(
         [
